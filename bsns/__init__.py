@@ -1,0 +1,1 @@
+"""The protocol library of bsns: what requesters, nodes, the coordinator and auditors must agree on."""

@@ -1,0 +1,1 @@
+"""Pure protocol rules: no torch, no I/O. Each module is one rule that several parties must compute alike."""
