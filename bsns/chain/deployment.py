@@ -56,7 +56,8 @@ class VerificationTerms:
     sampling_rate_bps: int = 1_000
     committee_seats: int = 5
     minimum_reveals: int = 3
-    tolerance: int = 96
+    # twice the measured honest radius of the sketch (bsns/protocol/sketch.py)
+    tolerance: int = 128
     secret_window: int = 300
     attest_window: int = 600
     reveal_window: int = 600

@@ -1,0 +1,192 @@
+"""The distribution sketch and the step fingerprint: short values that survive honest float noise and separate cheats.
+
+Owns how a stage's output rows become 32 bytes (sketch) and each step's rows 8 bytes (fingerprint), and the two
+distances, which are metrics and equal to what the contracts compute. Promises that the sketch does not depend on how
+rows were grouped into steps (sums are integers) and that it is the same on every machine for equal rows. Does not
+decide who is paid: the tolerance per execution class is in `TOLERANCES`, measured by `benchmarks/sketch_separation.py`;
+the contracts apply it (field-notes §2.4).
+
+A row is scaled to length one, then hashed by a seeded count sketch (Charikar, Chen, Farach-Colton 2002) to 32 signed
+bucket sums; rows are rotated, signed and added, the sum divided by the square root of the number of rows. Each
+coordinate then has a standard deviation near 1, is dithered, cut at `unit` and **wrapped** to a byte. Wrapping is the
+point: a coordinate reveals only the position within 256 units, so all of the byte's resolution goes to small
+differences, and a cheat many units away lands on a random byte.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+BUCKETS: Final = 32
+SKETCH_BYTES: Final = 32
+FINGERPRINT_BYTES: Final = 8
+MAXIMUM_DISTANCE: Final = SKETCH_BYTES * 128
+_FINGERPRINT_COORDINATES: Final = 4
+# A fingerprint has 16 bits a coordinate: it can afford to resolve honest noise, which keeps rounding out of the
+# comparison.
+_FINGERPRINT_RESOLUTION: Final = 8
+# Bucket sums are added as integers of this many fractional bits: 2^40 leaves 2^23 rows before an int64 can overflow.
+_FRACTION_BITS: Final = 40
+_MAXIMUM_ROWS: Final = 1 << 22
+# Bounds the float64 working copy of one call: 32 rows of a 49,152-token vocabulary are 12 MB.
+_BLOCK_ELEMENTS: Final = 1 << 20
+
+
+class SketchError(ValueError):
+    """Rows or bytes cannot be sketched or compared. The message names what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class SketchTolerance:
+    """What honest execution in one class may differ by.
+
+    `unit` is the width of one step of a coordinate (standard deviations of the sketch). `honest_radius` r bounds the
+    distance of any two honest sketches, `pay_within` τ = 2r pays, beyond `slash_beyond` = 2τ blame is certain
+    (field-notes §2.4). `fingerprint_radius` is the same bound for a step's fingerprint.
+    """
+
+    unit: float
+    honest_radius: int
+    fingerprint_radius: int
+
+    @property
+    def pay_within(self) -> int:
+        """τ = 2r."""
+        return 2 * self.honest_radius
+
+    @property
+    def slash_beyond(self) -> int:
+        """2τ = 4r."""
+        return 4 * self.honest_radius
+
+
+# Measured by benchmarks/sketch_separation.py on one machine, 4 prompts, 3 stages (field-notes §2.4: r must be measured
+# for each class). Largest honest distance from token-by-token decoding: 9 for sketches, 11 for fingerprints; smallest
+# of a cheat: 1405 and 412. r leaves room for kernels of processors that were not at hand; the same prompts that chose r
+# also measured
+# it.
+TOLERANCES: Final[dict[str, SketchTolerance]] = {
+    "torch-cpu/float32/sdpa": SketchTolerance(unit=1e-5, honest_radius=64, fingerprint_radius=48),
+}
+
+
+class StageSketch:
+    """Accumulates one stage's output rows of one request.
+
+    `seed` is 32 bytes (hash of request id and stage), `width` the row length, `unit` the step of a coordinate. For a
+    stage that holds the head, add logits: `centred` takes each row's mean away first, since logits are
+    log-probabilities up to a constant.
+    """
+
+    def __init__(self, seed: bytes, width: int, unit: float, *, centred: bool = False) -> None:
+        if len(seed) != 32:
+            raise SketchError(f"seed has {len(seed)} bytes, expected 32")
+        if width < 1 or not (math.isfinite(unit) and unit > 0):
+            raise SketchError(f"width is {width} and unit is {unit}; both must be positive")
+        self._seed, self._width, self._unit, self._centred = seed, width, unit, centred
+        channels = np.frombuffer(self._random_bytes(b"channels", 0, width), dtype=np.uint8)
+        bucket = channels & 31
+        self._order = np.argsort(bucket, kind="stable")
+        self._sign = np.where(channels[self._order] & 128, -1.0, 1.0)
+        starts = np.searchsorted(bucket[self._order], np.arange(BUCKETS))
+        # np.add.reduceat gives a wrong sum for an empty bucket (narrow rows), so only buckets that hold a channel take
+        # part.
+        self._filled = np.flatnonzero(np.diff(np.append(starts, width)) > 0)
+        self._starts = starts[self._filled]
+        self._dither = self._fractions(b"dither", 0, BUCKETS)
+        self._sums = np.zeros(BUCKETS, dtype=np.int64)
+        self._rows = 0
+        self._steps = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows added so far."""
+        return self._rows
+
+    def add(self, rows: npt.NDArray[np.float32]) -> bytes:
+        """Adds one step's rows, float32 [n, width], n ≥ 1, and returns the step's fingerprint, 8 bytes.
+
+        Raises `SketchError` for a wrong shape or values that are not finite; nothing was added then.
+        """
+        if rows.ndim != 2 or rows.shape[1] != self._width or rows.shape[0] < 1:
+            raise SketchError(f"rows have shape {rows.shape}, expected [n, {self._width}] with n ≥ 1")
+        if self._rows + rows.shape[0] > _MAXIMUM_ROWS:
+            raise SketchError(f"more than {_MAXIMUM_ROWS} rows in one sketch; end the session")
+        step = np.zeros(BUCKETS, dtype=np.int64)
+        block = max(1, _BLOCK_ELEMENTS // self._width)
+        for first in range(0, rows.shape[0], block):
+            step += self._bucket_sums(rows[first : first + block], self._rows + first)
+        fingerprint = self._fingerprint(step, rows.shape[0])
+        self._sums += step
+        self._rows += rows.shape[0]
+        self._steps += 1
+        return fingerprint
+
+    def value(self) -> bytes:
+        """The sketch of all rows added so far, 32 bytes. Raises `SketchError` where there are none."""
+        if self._rows == 0:
+            raise SketchError("no rows were added; a stage without output has no sketch")
+        scale = math.sqrt(BUCKETS / self._rows) / float(1 << _FRACTION_BITS) / self._unit
+        wrapped: bytes = np.mod(np.floor(self._sums * scale + self._dither), 256).astype(np.uint8).tobytes()
+        return wrapped
+
+    def _bucket_sums(self, rows: npt.NDArray[np.float32], first_row: int) -> npt.NDArray[np.int64]:
+        values = rows.astype(np.float64)
+        if self._centred:
+            values -= values.mean(axis=1, keepdims=True)
+        length = np.sqrt(np.square(values).sum(axis=1))
+        if not np.isfinite(length).all():
+            raise SketchError("rows hold NaN or infinity; the stage that made them is faulty, replay it elsewhere")
+        values /= np.where(length > 0, length, 1.0)[:, None]
+        sums = np.zeros((rows.shape[0], BUCKETS))
+        sums[:, self._filled] = np.add.reduceat(values[:, self._order] * self._sign, self._starts, axis=1)
+        fixed = np.rint(sums * float(1 << _FRACTION_BITS)).astype(np.int64)
+        total = np.zeros(BUCKETS, dtype=np.int64)
+        for number in range(rows.shape[0]):
+            # A channel that is large in every row would otherwise fill one coordinate with T times the same number.
+            noise = self._random_bytes(b"row", first_row + number, 5)
+            signs = np.unpackbits(np.frombuffer(noise[:4], dtype=np.uint8)).astype(np.int64) * 2 - 1
+            total += signs * np.roll(fixed[number], noise[4] & 31)
+        return total
+
+    def _fingerprint(self, step: npt.NDArray[np.int64], rows: int) -> bytes:
+        sums = step.reshape(_FINGERPRINT_COORDINATES, -1).sum(axis=1)
+        step_width = self._unit / _FINGERPRINT_RESOLUTION
+        scale = math.sqrt(_FINGERPRINT_COORDINATES / rows) / float(1 << _FRACTION_BITS) / step_width
+        dither = self._fractions(b"fingerprint", self._steps, _FINGERPRINT_COORDINATES)
+        wrapped: bytes = np.mod(np.floor(sums * scale + dither), 65536).astype(">u2").tobytes()
+        return wrapped
+
+    def _random_bytes(self, purpose: bytes, number: int, length: int) -> bytes:
+        return hashlib.shake_256(self._seed + purpose + b":" + number.to_bytes(8, "big")).digest(length)
+
+    def _fractions(self, purpose: bytes, number: int, count: int) -> npt.NDArray[np.float64]:
+        raw = np.frombuffer(self._random_bytes(purpose, number, 4 * count), dtype=">u4")
+        return raw.astype(np.float64) / 2.0**32
+
+
+def distance(a: bytes, b: bytes) -> int:
+    """Circular L1 distance of two sketches: Σ min(|aᵢ−bᵢ|, 256−|aᵢ−bᵢ|), 0 to 4096. A metric; the contracts compute the
+    same.
+    """
+    return _circular(_integers(a, SKETCH_BYTES, ">u1"), _integers(b, SKETCH_BYTES, ">u1"), 256)
+
+
+def fingerprint_distance(a: bytes, b: bytes) -> int:
+    """Circular L1 distance of two fingerprints over four big-endian uint16, 0 to 131072. A metric."""
+    return _circular(_integers(a, FINGERPRINT_BYTES, ">u2"), _integers(b, FINGERPRINT_BYTES, ">u2"), 65536)
+
+
+def _integers(value: bytes, length: int, dtype: str) -> npt.NDArray[np.int64]:
+    if len(value) != length:
+        raise SketchError(f"value has {len(value)} bytes, expected {length}")
+    return np.frombuffer(value, dtype=dtype).astype(np.int64)
+
+
+def _circular(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64], modulus: int) -> int:
+    gap = np.abs(a - b)
+    return int(np.minimum(gap, modulus - gap).sum())

@@ -1,0 +1,416 @@
+"""Execution of a contiguous range of shard units: one stage of the pipeline.
+
+Owns the stage's modules (transformers' own decoder layers over mapped weights), the sessions' KV caches and the
+teacher-forced re-execution that a committee does. Promises: equal inputs at equal positions give outputs equal up to
+float noise however they are cut into steps; positions are contiguous; nothing outside the context limit runs; a step
+that failed leaves its session as before. Does not sample, sketch or speak to the network, and does not lock: one thread
+at a time may use a session.
+
+transformers is imported only when a stage is built, and of it only the module of the one architecture.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bsns.protocol.manifest import ModelManifest
+from bsns.runtime.weight_store import WeightStore
+
+# Rows of one forward in a re-execution: enough to fill the matrix kernels, small enough that logits and activations
+# stay in the cache.
+REEXECUTION_ROWS: Final = 256
+_ATTENTIONS: Final = ("sdpa", "eager")
+
+
+class ExecutionError(ValueError):
+    """A stage cannot be built or a step cannot run as asked. The message says what was expected."""
+
+
+class ContextLimitError(ExecutionError):
+    """A step would exceed the tokens reserved for its session. End the session, or open one with a larger limit."""
+
+
+class StageSession(Protocol):
+    """The state that one stage keeps for one request."""
+
+    @property
+    def position(self) -> int:
+        """Tokens seen so far; the position of the next row."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the KV cache holds now."""
+        ...
+
+    @property
+    def cache_bytes_limit(self) -> int:
+        """Bytes of KV cache at the session's token limit: what a node sets aside."""
+        ...
+
+    def truncate(self, position: int) -> None:
+        """Forgets every row from `position` on, so that a step can be repeated."""
+        ...
+
+
+class ShardExecutor(Protocol):
+    """Runs the units [first_unit, end_unit) of one model."""
+
+    @property
+    def manifest(self) -> ModelManifest: ...
+    @property
+    def first_unit(self) -> int: ...
+    @property
+    def end_unit(self) -> int: ...
+    @property
+    def execution_class(self) -> str:
+        """Device, arithmetic and attention kernel, such as `torch-cpu/float32/sdpa`; tolerances are measured per
+        class.
+        """
+        ...
+
+    def new_session(self, max_tokens: int) -> StageSession: ...
+
+    def forward(
+        self, session: StageSession, inputs: Tensor, *, position: int, logit_rows: Sequence[int] | None = None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderFamily:
+    """What differs between Hugging Face decoders: how config, layer, final norm and rotary embedding are made.
+
+    A family fits where its layer takes (hidden, attention_mask, position_embeddings, past_key_values) as Llama's does.
+    """
+
+    configuration: Callable[[dict[str, Any]], Any]
+    layer: Callable[[Any, int], nn.Module]
+    final_norm: Callable[[Any], nn.Module]
+    rotary: Callable[[Any], nn.Module]
+
+
+def _llama() -> DecoderFamily:
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+    return DecoderFamily(
+        configuration=lambda fields: LlamaConfig(**fields),
+        layer=LlamaDecoderLayer,
+        final_norm=lambda config: LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps),
+        rotary=LlamaRotaryEmbedding,
+    )
+
+
+_FAMILIES: Final[dict[str, Callable[[], DecoderFamily]]] = {"llama": _llama}
+
+
+class _DecoderSession:
+    """KV cache of the stage's blocks, numbered from 0 within the stage, for a batch of one."""
+
+    def __init__(self, block_count: int, kv_bytes_per_token: int, max_tokens: int) -> None:
+        from transformers.cache_utils import DynamicCache
+
+        self.cache = DynamicCache()
+        self.max_tokens = max_tokens
+        self._block_count = block_count
+        self._kv_bytes_per_token = kv_bytes_per_token
+        self._position = 0
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._position * self._kv_bytes_per_token
+
+    @property
+    def cache_bytes_limit(self) -> int:
+        return self.max_tokens * self._kv_bytes_per_token
+
+    def advance(self, rows: int) -> None:
+        self._position += rows
+
+    def truncate(self, position: int) -> None:
+        if not 0 <= position <= self._position:
+            raise ExecutionError(f"cannot go back to position {position}: the session holds {self._position} tokens")
+        self._position = position
+        self.discard_uncounted_rows()
+
+    def discard_uncounted_rows(self) -> None:
+        """Cuts every layer to the counted position: after `truncate`, and after a forward that failed half way."""
+        # Set directly: what `DynamicCache.crop` takes has changed its meaning between releases of transformers 5.
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
+            if layer.is_initialized and layer.keys.shape[-2] > self._position:
+                layer.keys = layer.keys[..., : self._position, :]
+                layer.values = layer.values[..., : self._position, :]
+
+
+class StageExecutor:
+    """`ShardExecutor` for Hugging Face decoders.
+
+    Weights are mapped, not copied, on a CPU (several executors on one machine share pages). `threads` bounds torch's
+    threads in a forward; it is set for the calling thread in each call, since OpenMP keeps it per thread. `attention`
+    other than "sdpa" is another execution class. Raises `WeightMismatchError` for a wrong file, `ExecutionError` for a
+    range or architecture it cannot run.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        first_unit: int,
+        end_unit: int,
+        *,
+        threads: int = 1,
+        device: str = "cpu",
+        attention: str = "sdpa",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        manifest = store.manifest
+        if not 0 <= first_unit < end_unit <= len(manifest.units):
+            raise ExecutionError(f"units [{first_unit}, {end_unit}) are not a range within 0 to {len(manifest.units)}")
+        if threads < 1:
+            raise ExecutionError(f"threads is {threads}, expected at least 1")
+        if attention not in _ATTENTIONS:
+            raise ExecutionError(f"attention is {attention!r}, expected one of {_ATTENTIONS}")
+        if manifest.dtype != "float32":
+            raise ExecutionError(f"the model declares {manifest.dtype}; this executor computes float32 only")
+        if manifest.architecture not in _FAMILIES:
+            raise ExecutionError(
+                f"architecture {manifest.architecture!r} is unknown; this release runs {sorted(_FAMILIES)} "
+                "(add it to _FAMILIES)"
+            )
+        self._manifest, self._first_unit, self._end_unit = manifest, first_unit, end_unit
+        self._threads, self._device, self._attention = threads, torch.device(device), attention
+        if self._device.type == "cuda":
+            # TF32 keeps ten bits of the mantissa: it is not the declared arithmetic.
+            torch.backends.cuda.matmul.allow_tf32 = False
+        family = _FAMILIES[manifest.architecture]()
+        config = family.configuration(json.loads(store.config_bytes()))
+        config._attn_implementation = attention
+        self._embedding: Tensor | None = None
+        self._blocks: list[nn.Module] = []
+        self._norm: nn.Module | None = None
+        self._head: Tensor | None = None
+        self._rotary = family.rotary(config).to(self._device)
+        done, total = 0, sum(unit.size_bytes for unit in manifest.units[first_unit:end_unit])
+        for unit in manifest.units[first_unit:end_unit]:
+            tensors = {name: tensor.to(self._device) for name, tensor in store.load_unit(unit.index).items()}
+            match unit.kind:
+                case "embedding":
+                    self._embedding = tensors["weight"]
+                case "block":
+                    with torch.device("meta"):
+                        block = family.layer(config, len(self._blocks))
+                    self._blocks.append(_with_weights(block, tensors, unit.name))
+                case "head":
+                    with torch.device("meta"):
+                        norm = family.final_norm(config)
+                    self._norm = _with_weights(norm, {"weight": tensors["norm.weight"]}, unit.name)
+                    self._head = tensors["lm_head.weight"]
+            done += unit.size_bytes
+            if progress is not None:
+                progress(done, total)
+
+    @property
+    def manifest(self) -> ModelManifest:
+        """The manifest of the model whose units run here."""
+        return self._manifest
+
+    @property
+    def first_unit(self) -> int:
+        """Index of the first unit of the stage."""
+        return self._first_unit
+
+    @property
+    def end_unit(self) -> int:
+        """Index after the last unit of the stage."""
+        return self._end_unit
+
+    @property
+    def execution_class(self) -> str:
+        """`torch-<device>/<dtype>/<attention kernel>`."""
+        return f"torch-{self._device.type}/{self._manifest.dtype}/{self._attention}"
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether inputs are token ids."""
+        return self._embedding is not None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether outputs are logits."""
+        return self._head is not None
+
+    @property
+    def output_width(self) -> int:
+        """Row length of the outputs: the vocabulary with the head, else the hidden size."""
+        return self._manifest.vocabulary_size if self.has_head else self._manifest.hidden_size
+
+    def new_session(self, max_tokens: int) -> StageSession:
+        """A session for at most `max_tokens` tokens (prompt and answer). Raises `ContextLimitError` beyond the model's
+        context.
+        """
+        if not 1 <= max_tokens <= self._manifest.context_limit:
+            raise ContextLimitError(
+                f"a session of {max_tokens} tokens was asked for; the model's "
+                f"context holds 1 to {self._manifest.context_limit}"
+            )
+        per_token = len(self._blocks) * self._manifest.kv_bytes_per_token_per_block
+        return _DecoderSession(len(self._blocks), per_token, max_tokens)
+
+    def forward(
+        self, session: StageSession, inputs: Tensor, *, position: int, logit_rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """Runs one step and advances the session by its rows.
+
+        `inputs`: int64 [n] token ids where the stage has the embedding, else float32 [n, hidden]. `position`: of the
+        first row; must be the session's. Returns float32 [n, hidden], or with the head logits float32 [rows,
+        vocabulary] for `logit_rows` (indices into the n rows; default the last). Raises `ExecutionError` and
+        `ContextLimitError`; the session is then as before.
+        """
+        if not isinstance(session, _DecoderSession):
+            raise ExecutionError("the session belongs to another kind of executor; open one with new_session()")
+        rows = self._checked_rows(session, inputs, position)
+        chosen = [rows - 1] if logit_rows is None else list(logit_rows)
+        if self.has_head and not all(0 <= row < rows for row in chosen):
+            raise ExecutionError(f"logit_rows {chosen} are not all within the step's {rows} rows")
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                output = self._run(session, inputs.to(self._device), position, rows, chosen)
+        except BaseException:
+            session.discard_uncounted_rows()
+            raise
+        session.advance(rows)
+        return output
+
+    def _checked_rows(self, session: _DecoderSession, inputs: Tensor, position: int) -> int:
+        hidden, vocabulary = self._manifest.hidden_size, self._manifest.vocabulary_size
+        if self.has_embedding:
+            if inputs.dtype != torch.int64 or inputs.ndim != 1:
+                raise ExecutionError(f"the stage takes token ids int64 [n], got {inputs.dtype} {list(inputs.shape)}")
+            if inputs.numel() and not (int(inputs.min()) >= 0 and int(inputs.max()) < vocabulary):
+                raise ExecutionError(f"a token id lies outside the vocabulary of {vocabulary}")
+        elif inputs.dtype != torch.float32 or inputs.ndim != 2 or inputs.shape[1] != hidden:
+            raise ExecutionError(f"the stage takes float32 [n, {hidden}], got {inputs.dtype} {list(inputs.shape)}")
+        rows = inputs.shape[0]
+        if rows < 1:
+            raise ExecutionError("a step has at least one row")
+        if position != session.position:
+            raise ExecutionError(
+                f"the step starts at position {position}, the session is at {session.position}; "
+                "send the missing steps first, or truncate() to repeat one"
+            )
+        if position + rows > session.max_tokens:
+            raise ContextLimitError(
+                f"{rows} rows from position {position} exceed the {session.max_tokens} tokens reserved for the session"
+            )
+        return rows
+
+    def _run(self, session: _DecoderSession, inputs: Tensor, position: int, rows: int, chosen: list[int]) -> Tensor:
+        # transformers' layers take a batch dimension; here it is always one.
+        hidden = (
+            nn.functional.embedding(inputs, self._embedding) if self._embedding is not None else inputs
+        ).unsqueeze(0)
+        if self._blocks:
+            positions = torch.arange(position, position + rows, device=self._device).unsqueeze(0)
+            rotation = self._rotary(hidden, position_ids=positions)
+            mask = self._mask(position, rows)
+            for block in self._blocks:
+                hidden = block(
+                    hidden,
+                    attention_mask=mask,
+                    position_embeddings=rotation,
+                    past_key_values=session.cache,
+                    use_cache=True,
+                )
+        if self._norm is None or self._head is None:
+            return hidden[0]
+        logits: Tensor = nn.functional.linear(self._norm(hidden[0, chosen]), self._head)
+        return logits
+
+    def _mask(self, position: int, rows: int) -> Tensor | None:
+        if rows == 1 or (position == 0 and self._attention == "sdpa"):
+            # One row sees everything; the sdpa kernel masks a whole prompt itself, and faster.
+            return None
+        visible = torch.ones(rows, position + rows, dtype=torch.bool, device=self._device).tril(position)[None, None]
+        if self._attention == "sdpa":
+            return visible
+        return torch.zeros(visible.shape, device=self._device).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step's inputs as they were handed over: int64 [n] or float32 [n, hidden], first row at `position`."""
+
+    position: int
+    inputs: Tensor
+
+
+def iterate_reexecution(
+    executor: ShardExecutor, steps: Sequence[StepInput], *, chunk_rows: int = REEXECUTION_ROWS
+) -> Iterator[Tensor]:
+    """Re-executes a whole session in one teacher-forced pass and yields each step's outputs in order.
+
+    What `forward` gave for the step: float32 [n, hidden], or for a stage with the head the logits [1, vocabulary] of
+    the step's last row. Steps must start at position 0 and be contiguous. Rows run in chunks of `chunk_rows`, so memory
+    is bounded for hidden stages.
+    """
+    if not steps:
+        return
+    expected = 0
+    for number, step in enumerate(steps):
+        if step.position != expected:
+            raise ExecutionError(
+                f"step {number} starts at position {step.position}, expected {expected}; steps are missing"
+            )
+        expected += step.inputs.shape[0]
+    has_head = executor.end_unit == len(executor.manifest.units)
+    session = executor.new_session(expected)
+    everything = torch.cat([step.inputs for step in steps])
+    ends = [step.position + step.inputs.shape[0] for step in steps]
+    pending: list[Tensor] = []
+    number = 0
+    for first in range(0, expected, chunk_rows):
+        chunk = everything[first : first + chunk_rows]
+        last = first + chunk.shape[0]
+        wanted = [end - 1 - first for end in ends[number:] if end <= last] if has_head else None
+        output = executor.forward(session, chunk, position=first, logit_rows=wanted)
+        if has_head:
+            yield from (output[row : row + 1] for row in range(output.shape[0]))
+            number += output.shape[0]
+            continue
+        taken = first
+        while number < len(ends) and ends[number] <= last:
+            pending.append(output[taken - first : ends[number] - first])
+            yield torch.cat(pending) if len(pending) > 1 else pending[0]
+            pending, taken, number = [], ends[number], number + 1
+        if taken < last:
+            pending.append(output[taken - first :])
+
+
+def reexecute(
+    executor: ShardExecutor, steps: Sequence[StepInput], *, chunk_rows: int = REEXECUTION_ROWS
+) -> list[Tensor]:
+    """All of `iterate_reexecution` at once: one tensor per step."""
+    return list(iterate_reexecution(executor, steps, chunk_rows=chunk_rows))
+
+
+def _with_weights(module: nn.Module, tensors: dict[str, Tensor], unit: str) -> nn.Module:
+    # `assign` puts the mapped tensors in place of the meta ones: nothing is initialised and nothing copied.
+    try:
+        module.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ExecutionError(
+            f"the tensors of {unit} do not fit the architecture: {error}; prepare the model again"
+        ) from error
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module.eval()

@@ -1,0 +1,70 @@
+"""A tiny random Llama with a real tokenizer format, for tests that must not wait for the embedded model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from bsns.runtime.executor import StageExecutor
+from bsns.runtime.prepare import ImportedModel, ModelSource, llama_config_fields
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<bot>{% endif %}"
+)
+
+
+def tiny_llama(*, tied: bool = False, layers: int = 4, seed: int = 0) -> Any:
+    """LlamaForCausalLM with random weights, grouped-query attention, context of 64."""
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        tie_word_embeddings=tied, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_source(model: Any, name: str = "tiny") -> ModelSource:
+    """A model source that imports `model`; counts its imports in `source.load.calls`."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
+    def load() -> ImportedModel:
+        load.calls += 1  # type: ignore[attr-defined]
+        fields = llama_config_fields(model.config.to_dict())
+        return ImportedModel(fields, model.state_dict(), tokenizer.to_str(), TEMPLATE)
+
+    load.calls = 0  # type: ignore[attr-defined]
+    return ModelSource(name, load)
+
+
+def silent(_: str) -> None:
+    """A report that says nothing."""
+
+
+def flip_byte(path: Path, offset: int = -1) -> None:
+    """Damages one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0xFF
+    path.write_bytes(data)
+
+
+def greedy(pipeline: Sequence[StageExecutor], prompt: Sequence[int], tokens: int) -> list[int]:
+    """Greedy decoding through a pipeline of stages."""
+    sessions = [stage.new_session(len(prompt) + tokens) for stage in pipeline]
+    values, position, answer = torch.tensor(prompt), 0, []
+    for _ in range(tokens):
+        rows = values.shape[0]
+        for stage, session in zip(pipeline, sessions, strict=True):
+            values = stage.forward(session, values, position=position)
+        position += rows
+        answer.append(int(values[-1].argmax()))
+        values = torch.tensor(answer[-1:])
+    return answer
