@@ -419,7 +419,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return bytes(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_plain(item) for item in value))
+        return value._make(_plain(item) for item in value)
     if isinstance(value, Mapping):
         return tuple(_plain(item) for item in value.values())
     if isinstance(value, list | tuple):

@@ -83,8 +83,8 @@ class Terms:
     def for_devnet(cls) -> Terms:
         """One person's machine: short windows, every request verified by everybody else."""
         return cls(
-            registry=RegistryTerms(activation_delay=1, thaw_period=1_200),
-            escrow=EscrowTerms(route_window=60, commit_window=300, verification_window=600),
+            registry=RegistryTerms(activation_delay=1, thaw_period=7_200),
+            escrow=EscrowTerms(route_window=60, commit_window=300, verification_window=3_900),
             verification=VerificationTerms(
                 sampling_rate_bps=10_000,
                 committee_seats=8,
@@ -161,9 +161,12 @@ def create_address(deployer: str, nonce: int) -> ChecksumAddress:
     return address(keccak256(rlp.encode([bytes.fromhex(deployer[2:]), nonce]))[12:])
 
 
-def solidity_struct(terms: RegistryTerms | EscrowTerms | VerificationTerms) -> dict[str, int]:
-    """Terms under their Solidity field names."""
-    return {_camel_case(key): value for key, value in asdict(terms).items()}
+def solidity_struct(contract: str, terms: RegistryTerms | EscrowTerms | VerificationTerms) -> tuple[int, ...]:
+    """Terms as the constructor of `contract` takes them: by field name, in the order of its ABI."""
+    constructor = next(item for item in contract_artifact(contract).abi if item["type"] == "constructor")
+    components = next(item["components"] for item in constructor["inputs"] if item["type"] == "tuple")
+    values = {_camel_case(key): value for key, value in asdict(terms).items()}
+    return tuple(values[item["name"]] for item in components)
 
 
 def _camel_case(name: str) -> str:
@@ -195,10 +198,16 @@ async def deploy(
         registry, assignments, escrow, verification = (where[name] for name in CONTRACT_NAMES)
         receiver = address(treasury or signer.address)
         arguments: dict[str, list[Any]] = {
-            "NodeRegistry": [escrow, verification, solidity_struct(terms.registry)],
+            "NodeRegistry": [escrow, verification, solidity_struct("NodeRegistry", terms.registry)],
             "ShardAssignments": [registry, terms.plan_activation_delay],
-            "InferenceEscrow": [registry, assignments, verification, receiver, solidity_struct(terms.escrow)],
-            "OutputVerification": [registry, escrow, solidity_struct(terms.verification)],
+            "InferenceEscrow": [
+                registry,
+                assignments,
+                verification,
+                receiver,
+                solidity_struct("InferenceEscrow", terms.escrow),
+            ],
+            "OutputVerification": [registry, escrow, solidity_struct("OutputVerification", terms.verification)],
         }
         for index, name in enumerate(CONTRACT_NAMES):
             artifact = contract_artifact(name)
