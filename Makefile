@@ -44,6 +44,8 @@ PYTHON_STAMP    := .venv/.installed-python
 PROJECT_STAMP   := .venv/.installed-project
 NODE_STAMP      := .venv/.installed-node
 CONTRACTS_STAMP := contracts/node_modules/.installed
+ARTIFACTS_STAMP := build/.compiled-contracts
+SOLIDITY        := $(wildcard contracts/*.sol contracts/*/*.sol)
 SLITHER_STAMP   := build/venv-slither/.installed
 
 .PHONY: help setup contracts proto model demo test test-contracts test-python fmt slither clean \
@@ -101,8 +103,14 @@ $(CONTRACTS_STAMP): contracts/package-lock.json contracts/package.json $(NODE_ST
 
 # ------------------------------------------------------------------------------------------------------------- build
 
-contracts: setup ## compile the contracts into build/forge
-	@"$(FORGE)" build
+contracts: setup $(ARTIFACTS_STAMP) ## compile the contracts into build/forge and their packaged artifacts
+
+# What Python deploys comes from py-solc-x; a test holds it against forge's result.
+$(ARTIFACTS_STAMP): $(SOLIDITY) foundry.toml contracts/package-lock.json bsns/chain/artifacts.py | setup
+	@echo '>> contracts'
+	@"$(FORGE)" build --skip test
+	@$(PY) -m bsns.chain.artifacts
+	@touch $@
 
 proto: setup ## regenerate bsns/v1 from proto/bsns/v1
 	@rm -f bsns/v1/*_pb2.py bsns/v1/*_pb2.pyi bsns/v1/*_pb2_grpc.py bsns/v1/*_pb2_grpc.pyi

@@ -418,8 +418,8 @@ def _plain(value: Any) -> Any:
     """HexBytes to bytes, lists to tuples, mappings to named order; named tuples stay what they are."""
     if isinstance(value, bytes):
         return bytes(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return value._make(_plain(item) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return cast(Any, value)._make(_plain(item) for item in value)
     if isinstance(value, Mapping):
         return tuple(_plain(item) for item in value.values())
     if isinstance(value, list | tuple):

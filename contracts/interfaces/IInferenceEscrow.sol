@@ -3,6 +3,9 @@ pragma solidity 0.8.30;
 
 import {Assignment} from "../types/Assignment.sol";
 import {PlanId, RequestId} from "../types/Identifiers.sol";
+import {EscrowTerms} from "../types/Terms.sol";
+import {INodeRegistry} from "./INodeRegistry.sol";
+import {IShardAssignments} from "./IShardAssignments.sol";
 
 /// @notice `Expired` is derived from time: a request whose deadline passed and that only waits for its refund to be claimed.
 enum RequestStatus {
@@ -85,7 +88,11 @@ interface IInferenceEscrow {
     event RequestCommitted(RequestId indexed requestId, uint64 deadline);
     event RequestVerified(RequestId indexed requestId);
     event RequestSettled(
-        RequestId indexed requestId, uint256 paidToExecutors, uint256 paidToVerifiers, uint256 protocolFee, uint256 refunded
+        RequestId indexed requestId,
+        uint256 paidToExecutors,
+        uint256 paidToVerifiers,
+        uint256 protocolFee,
+        uint256 refunded
     );
     event RequestRefunded(RequestId indexed requestId, address indexed requester, uint256 refunded);
     /// @dev `requestId` is the request the credit comes from.
@@ -125,7 +132,8 @@ interface IInferenceEscrow {
     /// @param outputTokens charged answer tokens, at most maximumTokens.
     /// @param stagePaid per stage; the share of an unpaid stage goes back to the requester.
     /// @param verifiers operators' share receivers, one entry per paid attestation (node keys).
-    function settle(RequestId requestId, uint32 outputTokens, bool[] calldata stagePaid, address[] calldata verifiers) external;
+    function settle(RequestId requestId, uint32 outputTokens, bool[] calldata stagePaid, address[] calldata verifiers)
+        external;
 
     /// @notice The verdict is against the pipeline, or there is none: give everything back. OutputVerification only.
     function refund(RequestId requestId) external;
@@ -138,7 +146,27 @@ interface IInferenceEscrow {
     function stageOf(RequestId requestId, uint16 stage) external view returns (Stage memory);
     function stagesOf(RequestId requestId) external view returns (Stage[] memory);
     function creditOf(address account) external view returns (uint256);
+
+    /// @notice The part of a request that decides what may happen next, in one cheap read.
+    function statusOf(RequestId requestId)
+        external
+        view
+        returns (RequestStatus status, uint16 stageCount, uint64 deadline, uint32 maximumTokens);
+
+    /// @notice Node that executes `stage`, or the zero address.
+    function executorOf(RequestId requestId, uint16 stage) external view returns (address);
+
+    /// @notice keccak256(abi.encode(secret)) of the requester's secret.
+    function secretHashOf(RequestId requestId) external view returns (bytes32);
+
     function protocolFeeBps() external view returns (uint256);
     function verifierShareBps() external view returns (uint256);
     function treasury() external view returns (address);
+
+    /// @notice Everything this contract was deployed with.
+    function terms() external view returns (EscrowTerms memory);
+
+    function registry() external view returns (INodeRegistry);
+    function assignments() external view returns (IShardAssignments);
+    function verification() external view returns (address);
 }

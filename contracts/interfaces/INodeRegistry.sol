@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 pragma solidity 0.8.30;
 
-/// @notice Life of a node account. `Pending`, `Active` and the end of `Jailed` follow from time; no keeper is needed.
+import {RegistryTerms} from "../types/Terms.sol";
+
+/// @notice Life of a node account. `Pending` and `Active` follow from time; no keeper is needed. `Jailed` ends when the operator calls
+///         `leaveJail` after the term.
 enum NodeStatus {
     Absent,
     Pending,
@@ -86,7 +89,12 @@ interface INodeRegistry {
     event NodeJailed(address indexed node, uint256 jailedUntil);
     event NodeReleased(address indexed node);
     event NodeSlashed(
-        address indexed node, SlashReason indexed reason, uint256 amount, uint256 burned, uint256 staked, uint256 thawing
+        address indexed node,
+        SlashReason indexed reason,
+        uint256 amount,
+        uint256 burned,
+        uint256 staked,
+        uint256 thawing
     );
     event DutyOpened(address indexed node, uint256 openDuties);
     event DutyClosed(address indexed node, uint256 openDuties);
@@ -99,33 +107,40 @@ interface INodeRegistry {
     ///      cannot come back.
     /// @param certificateHash SHA-256 of the node's TLS certificate (DER), pinned by everyone who dials it.
     /// @param endpoint "host:port", at most 255 bytes; only emitted, never stored.
-    function register(address node, bytes32 certificateHash, string calldata endpoint, uint256 deadline, bytes calldata proof)
-        external
-        payable;
+    function register(
+        address node,
+        bytes32 certificateHash,
+        string calldata endpoint,
+        uint256 deadline,
+        bytes calldata proof
+    ) external payable;
 
     /// @notice Announce a new endpoint or certificate. Operator only.
     function changeEndpoint(address node, bytes32 certificateHash, string calldata endpoint) external;
 
-    /// @notice Add stake. It counts for committee draws only after the activation delay, so that nobody can add stake once a draw is known.
+    /// @notice Add stake. Operator only. It counts for committee draws only after the activation delay, so that nobody can add stake once
+    ///         a draw is known. An earlier addition that warmed up less than a thaw period ago warms up again together with this one.
     function addStake(address node) external payable;
 
-    /// @notice Start to take `amount` out; what remains must be at least the minimum. A second thaw restarts the timer for all of it.
+    /// @notice Start to take `amount` out. Operator only; what remains must be at least the minimum. A second thaw restarts the timer for all of it.
     function thaw(address node, uint256 amount) external;
 
-    /// @notice Stop serving and take everything out after the thaw. Possible from Pending, Active and Jailed.
+    /// @notice Stop serving and take everything out after the thaw. Operator only. Possible from Pending, Active and Jailed.
     function beginExit(address node) external;
 
-    /// @notice Take out what has thawed. An exiting account is removed, which needs all its duties to be closed.
+    /// @notice Take out what has thawed. Operator only. An exiting account is removed, which needs all its duties to be closed; what is
+    ///         left of its jail term stays with the key.
     function withdraw(address node) external;
 
-    /// @notice Leave jail after the time is served, with at least the minimum stake. Operator only; never after a tombstone.
+    /// @notice Leave jail after the time is served, with at least the minimum stake. Operator only; never after a tombstone. The stake
+    ///         warms up again before it counts for draws: it was in no snapshot while the node was in jail.
     function leaveJail(address node) external;
 
     /// @notice Push an account's credit (rewards out of slashes) to that account. Anyone may call.
     function withdrawCredit(address account) external;
 
     /// @notice Take up to `amount` wei, thawing part in proportion, give `shares` to `recipients` as credits, burn the rest.
-    /// @dev OutputVerification only. If less than `amount` is there, the shares shrink in proportion. Never reverts for lack of
+    /// @dev OutputVerification only. An account left with less than the minimum is jailed until it is topped up. If less than `amount` is there, the shares shrink in proportion. Never reverts for lack of
     ///      stake: a settlement must not be blockable. An Absent node is a no-op that returns 0.
     /// @return taken wei actually taken.
     function slash(
@@ -137,6 +152,7 @@ interface INodeRegistry {
     ) external returns (uint256 taken);
 
     /// @notice Keep a node out of new duties until `until` (type(uint64).max: for ever). OutputVerification only. Never shortens a term.
+    ///         The term of a key without an account bars its registration.
     function jail(address node, uint64 until) external;
 
     /// @notice Count a duty the node can be blamed for. InferenceEscrow and OutputVerification only.
@@ -148,6 +164,10 @@ interface INodeRegistry {
     function accountOf(address node) external view returns (NodeAccount memory);
     function statusOf(address node) external view returns (NodeStatus);
     function operatorOf(address node) external view returns (address);
+
+    /// @notice Wei that a slash could take: all of `staked`, thawing and warming parts included.
+    function stakeOf(address node) external view returns (uint256);
+
     function creditOf(address account) external view returns (uint256);
 
     /// @notice Wei of stake that count for a draw whose snapshot was taken at `snapshotTime`: staked - thawing - warming, 0 unless the
@@ -158,7 +178,21 @@ interface INodeRegistry {
     ///         all sortition stakes.
     function totalSortitionStake() external view returns (uint256);
 
+    /// @notice Wei an account must keep to serve.
     function minimumStake() external view returns (uint256);
+
+    /// @notice Seconds from registration until a node may serve, and from a top-up until it counts for draws.
     function activationDelay() external view returns (uint64);
+
+    /// @notice Seconds from a thaw or an exit until the stake can be taken out.
     function thawPeriod() external view returns (uint64);
+
+    /// @notice Everything this contract was deployed with.
+    function terms() external view returns (RegistryTerms memory);
+
+    /// @notice InferenceEscrow: may count duties.
+    function escrow() external view returns (address);
+
+    /// @notice OutputVerification: may slash, jail and count duties.
+    function verification() external view returns (address);
 }

@@ -2,6 +2,9 @@
 pragma solidity 0.8.30;
 
 import {RequestId} from "../types/Identifiers.sol";
+import {VerificationTerms} from "../types/Terms.sol";
+import {IInferenceEscrow} from "./IInferenceEscrow.sol";
+import {INodeRegistry} from "./INodeRegistry.sol";
 
 /// @notice Where the verification of one request stands.
 enum Phase {
@@ -136,6 +139,7 @@ interface IOutputVerification {
     error MedoidNotRevealed(address member);
     error RevealsOutstanding(uint16 stage);
     error MedoidWithoutQuorum(uint256 required, uint256 actual);
+    error QuorumExists(uint16 stage, uint256 medoid);
     error BondMismatch(uint256 expected, uint256 actual);
     error NoRoundLeft(uint8 maximum);
     error NotEscrow(address actual);
@@ -146,25 +150,76 @@ interface IOutputVerification {
     error AlreadyReported(bytes32 report);
     error WindowOutOfRange(uint256 minimum, uint256 actual);
     error ShareOutOfRange(uint256 maximum, uint256 actual);
+    error WiringMismatch(address expected, address actual);
     error NoCredit(address account);
     error TransferFailed(address to, uint256 amount);
 
     event StageCommitted(RequestId indexed requestId, uint16 indexed stage, address indexed node, bytes32 commitment);
-    event CommitmentsComplete(RequestId indexed requestId, uint64 entropyBlock, uint64 snapshotTime, uint256 snapshotStake, uint64 secretDeadline);
+    event CommitmentsComplete(
+        RequestId indexed requestId,
+        uint64 entropyBlock,
+        uint64 snapshotTime,
+        uint256 snapshotStake,
+        uint64 secretDeadline
+    );
     /// @dev A draw that missed the 256 blocks in which a block hash can be read takes a new entropy block.
     event EntropyRenewed(RequestId indexed requestId, uint64 entropyBlock);
-    event CommitteeDrawn(RequestId indexed requestId, uint8 indexed round, bool sampled, bytes32 seed, bytes32 secret, uint64 attestDeadline);
-    event AttestationCommitted(RequestId indexed requestId, uint8 indexed round, uint16 indexed stage, address node, bytes32 commitment, uint256 stake);
-    event StageRevealed(RequestId indexed requestId, uint16 indexed stage, address indexed node, bytes32 evidenceRoot, bytes32 sketch, uint32 outputTokens, bytes32 salt);
-    event AttestationRevealed(RequestId indexed requestId, uint8 indexed round, uint16 indexed stage, address node, bytes32 evidenceRoot, bytes32 sketch, uint32 outputTokens, bytes32 salt);
-    event StageTallied(RequestId indexed requestId, uint8 indexed round, uint16 indexed stage, StageVerdict verdict, address medoid, uint256 support, uint256 revealedStake, uint256 distance);
+    event CommitteeDrawn(
+        RequestId indexed requestId,
+        uint8 indexed round,
+        bool sampled,
+        bytes32 seed,
+        bytes32 secret,
+        uint64 attestDeadline
+    );
+    event AttestationCommitted(
+        RequestId indexed requestId,
+        uint8 indexed round,
+        uint16 indexed stage,
+        address node,
+        bytes32 commitment,
+        uint256 stake
+    );
+    event StageRevealed(
+        RequestId indexed requestId,
+        uint16 indexed stage,
+        address indexed node,
+        bytes32 evidenceRoot,
+        bytes32 sketch,
+        uint32 outputTokens,
+        bytes32 salt
+    );
+    event AttestationRevealed(
+        RequestId indexed requestId,
+        uint8 indexed round,
+        uint16 indexed stage,
+        address node,
+        bytes32 evidenceRoot,
+        bytes32 sketch,
+        uint32 outputTokens,
+        bytes32 salt
+    );
+    event StageTallied(
+        RequestId indexed requestId,
+        uint8 indexed round,
+        uint16 indexed stage,
+        StageVerdict verdict,
+        address medoid,
+        uint256 support,
+        uint256 revealedStake,
+        uint256 distance
+    );
     event RoundEscalated(RequestId indexed requestId, uint8 indexed round, bytes32 seed, uint64 attestDeadline);
     event VerdictReached(RequestId indexed requestId, bool accepted, uint64 challengeDeadline);
     event Challenged(RequestId indexed requestId, uint16 indexed stage, address indexed challenger, uint256 bond);
-    event ChallengeResolved(RequestId indexed requestId, uint16 indexed stage, address indexed challenger, bool upheld, uint256 bond);
+    event ChallengeResolved(
+        RequestId indexed requestId, uint16 indexed stage, address indexed challenger, bool upheld, uint256 bond
+    );
     /// @dev `accepted` false: the requester was refunded. `blamedStage` is the first rejected or withheld stage, or type(uint16).max.
     event RequestConcluded(RequestId indexed requestId, bool accepted, uint16 blamedStage, uint32 outputTokens);
-    event ContradictionProven(RequestId indexed requestId, uint16 indexed stage, address indexed node, address reporter);
+    event ContradictionProven(
+        RequestId indexed requestId, uint16 indexed stage, address indexed node, address reporter
+    );
     event Credited(address indexed account, uint256 amount, uint256 credit);
     event CreditWithdrawn(address indexed account, uint256 amount);
 
@@ -173,7 +228,8 @@ interface IOutputVerification {
 
     /// @notice Fix the seed of the draw, after the entropy block: keccak256(abi.encode(secret, commitmentsDigest, blockhash(entropyBlock),
     ///         requestId)). `secret` must match the request's secretHash; after the secret deadline anyone may pass zero instead.
-    /// @dev If the block hash is out of reach, the entropy block is renewed and the call returns without a draw. `commitmentsDigest` chains
+    /// @dev If the block hash is out of reach, the entropy block is renewed and the call returns without a draw; that also ends the wait for
+    ///      the secret. `commitmentsDigest` chains
     ///      the stage commitments in stage order: d = 0; d = keccak256(abi.encode(d, commitment)). Sampled iff
     ///      uint256(keccak256(abi.encode(seed, "sample"))) % 10_000 < samplingRateBps. Not sampled: Revealing without a committee.
     function drawCommittee(RequestId requestId, bytes32 secret) external;
@@ -182,10 +238,24 @@ interface IOutputVerification {
     function commitAttestations(RequestId requestId, uint16[] calldata stages, bytes32[] calldata commitments) external;
 
     /// @notice The executor opens its commitment (round 1 or unsampled, phase Revealing).
-    function revealStage(RequestId requestId, uint16 stage, bytes32 evidenceRoot, bytes32 sketch, uint32 outputTokens, bytes32 salt) external;
+    function revealStage(
+        RequestId requestId,
+        uint16 stage,
+        bytes32 evidenceRoot,
+        bytes32 sketch,
+        uint32 outputTokens,
+        bytes32 salt
+    ) external;
 
     /// @notice A member opens its commitment of the current round.
-    function revealAttestation(RequestId requestId, uint16 stage, bytes32 evidenceRoot, bytes32 sketch, uint32 outputTokens, bytes32 salt) external;
+    function revealAttestation(
+        RequestId requestId,
+        uint16 stage,
+        bytes32 evidenceRoot,
+        bytes32 sketch,
+        uint32 outputTokens,
+        bytes32 salt
+    ) external;
 
     /// @notice Judge one stage by the declared medoid (index into membersOf). Once all reveals are in, or the reveal deadline passed.
     /// @dev Without quorum for that medoid the call reverts, unless no medoid has a quorum: use `tallyWithoutQuorum`. The last tally of a
@@ -196,7 +266,10 @@ interface IOutputVerification {
     ///         of members revealed. Checks every member as medoid. Only after all reveals or the reveal deadline.
     function tallyWithoutQuorum(RequestId requestId, uint16 stage) external;
 
-    /// @notice Call a backup committee on `stage` of a verdict, with the bond as value. Anyone, until the challenge deadline, while a round is left.
+    /// @notice Call a backup committee on `stage` of a verdict, with the bond as value. Anyone, until the challenge deadline, while a
+    ///         round is left. Also in the first half of the attest window of a round >= 2, for a stage that is not disputed in it yet:
+    ///         otherwise the accused could use up the rounds with challenges of somebody else's stage. A refuted challenge's bond goes
+    ///         to the members who agreed; without a quorum it goes back.
     function challenge(RequestId requestId, uint16 stage) external payable;
 
     /// @notice Pay out a verdict whose challenge window is over.
@@ -229,7 +302,10 @@ interface IOutputVerification {
     function verificationOf(RequestId requestId) external view returns (Verification memory);
     function stageRecordOf(RequestId requestId, uint16 stage) external view returns (StageRecord memory);
     function membersOf(RequestId requestId, uint8 round, uint16 stage) external view returns (address[] memory);
-    function attestationOf(RequestId requestId, uint8 round, uint16 stage, address node) external view returns (Attestation memory);
+    function attestationOf(RequestId requestId, uint8 round, uint16 stage, address node)
+        external
+        view
+        returns (Attestation memory);
     function creditOf(address account) external view returns (uint256);
 
     /// @notice Whether `node` sits on the committee of `stage` in the current round: it does not execute that stage, shares no operator with
@@ -240,6 +316,9 @@ interface IOutputVerification {
     /// @notice Circular L1 distance of two sketches of 32 one-byte coordinates: sum of min(|a-b|, 256-|a-b|); at most 4096.
     function sketchDistance(bytes32 a, bytes32 b) external pure returns (uint256);
 
+    /// @notice What an executor (round 0) or a member (rounds 1 to 3) commits to: keccak256(abi.encode(TYPEHASH, requestId, round, stage,
+    ///         node, evidenceRoot, sealedSketch, outputTokens)) with TYPEHASH = keccak256("StageCommitment(bytes32 requestId,uint8 round,
+    ///         uint16 stage,address node,bytes32 evidenceRoot,bytes32 sealedSketch,uint32 outputTokens)"), without the line break.
     function commitmentOf(
         RequestId requestId,
         uint8 round,
@@ -253,5 +332,13 @@ interface IOutputVerification {
     /// @notice keccak256(abi.encode(sketch, salt)).
     function sealOf(bytes32 sketch, bytes32 salt) external pure returns (bytes32);
 
+    /// @notice Seconds from the last commitment to the end of the last challenge window of the last round, with a margin for the calls
+    ///         between the windows. No verification window of the escrow is shorter.
     function longestDispute() external view returns (uint256);
+
+    /// @notice Everything this contract was deployed with.
+    function terms() external view returns (VerificationTerms memory);
+
+    function registry() external view returns (INodeRegistry);
+    function escrow() external view returns (IInferenceEscrow);
 }

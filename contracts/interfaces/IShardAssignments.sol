@@ -3,6 +3,7 @@ pragma solidity 0.8.30;
 
 import {Assignment} from "../types/Assignment.sol";
 import {ModelId, PlanId} from "../types/Identifiers.sol";
+import {INodeRegistry} from "./INodeRegistry.sol";
 
 struct Model {
     bytes32 manifestHash;
@@ -52,7 +53,12 @@ interface IShardAssignments {
     error ActivationDelayOutOfRange(uint256 maximum, uint256 actual);
 
     event ModelRegistered(
-        ModelId indexed modelId, address indexed registrant, bytes32 manifestHash, bytes32 weightRoot, uint32 unitCount, string name
+        ModelId indexed modelId,
+        address indexed registrant,
+        bytes32 manifestHash,
+        bytes32 weightRoot,
+        uint32 unitCount,
+        string name
     );
     /// @dev Carries the whole plan: an indexer needs nothing else.
     event PlanPublished(
@@ -89,7 +95,9 @@ interface IShardAssignments {
         bytes[] calldata consents
     ) external returns (PlanId planId);
 
+    /// @notice A registered model; reverts with ModelUnknown otherwise.
     function modelOf(ModelId modelId) external view returns (Model memory);
+    /// @notice A published plan; reverts with PlanUnknown otherwise.
     function planOf(PlanId planId) external view returns (Plan memory);
 
     /// @notice The plan of `publisher` for `modelId` in effect now, or PlanId zero.
@@ -99,7 +107,14 @@ interface IShardAssignments {
     function nextEpoch(ModelId modelId, address publisher) external view returns (uint64);
 
     /// @notice Whether `assignment` is a leaf of the plan.
-    function isAssigned(PlanId planId, Assignment calldata assignment, bytes32[] calldata proof) external view returns (bool);
+    function isAssigned(PlanId planId, Assignment calldata assignment, bytes32[] calldata proof)
+        external
+        view
+        returns (bool);
 
+    /// @notice Seconds from the publication of a plan until it is in effect.
     function planActivationDelay() external view returns (uint64);
+
+    /// @notice Where the status of nodes is looked up.
+    function registry() external view returns (INodeRegistry);
 }
