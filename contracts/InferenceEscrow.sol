@@ -416,9 +416,12 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
     }
 
     function _closeDuties(RequestId requestId, uint256 stageCount) private {
+        if (stageCount == 0) return;
+        address[] memory nodes = new address[](stageCount);
         for (uint256 i; i < stageCount; ++i) {
-            registry.closeDuty(_stages[requestId][i].node);
+            nodes[i] = _stages[requestId][i].node;
         }
+        registry.closeDuties(nodes);
     }
 
     function _credit(RequestId requestId, address account, uint256 amount) private {

@@ -265,15 +265,15 @@ contract NodeRegistry is INodeRegistry, EIP712, ReentrancyGuardTransient {
     }
 
     /// @inheritdoc INodeRegistry
-    /// @dev Cannot fail for a duty that was opened: `withdraw` removes no account with open duties. So no node can block a settlement
-    ///      by leaving.
     function closeDuty(address node) external onlyDutyKeeper {
-        NodeAccount storage account = _accounts[node];
-        uint32 openDuties = account.openDuties;
-        if (openDuties == 0) revert DutyNotOpen(node);
-        --openDuties;
-        account.openDuties = openDuties;
-        emit DutyClosed(node, openDuties);
+        _closeDuty(node);
+    }
+
+    /// @inheritdoc INodeRegistry
+    function closeDuties(address[] calldata nodes) external onlyDutyKeeper {
+        for (uint256 i; i < nodes.length; ++i) {
+            _closeDuty(nodes[i]);
+        }
     }
 
     // ---------------------------------------------------------------------------------------------------------------------
@@ -356,6 +356,17 @@ contract NodeRegistry is INodeRegistry, EIP712, ReentrancyGuardTransient {
         if (jailedUntil == 0 && !account.exiting) _totalSortitionStake -= account.staked - account.thawing;
         account.jailedUntil = until;
         emit NodeJailed(node, until);
+    }
+
+    /// @dev Cannot fail for a duty that was opened: `withdraw` removes no account with open duties. So no node can block a settlement
+    ///      by leaving.
+    function _closeDuty(address node) private {
+        NodeAccount storage account = _accounts[node];
+        uint32 openDuties = account.openDuties;
+        if (openDuties == 0) revert DutyNotOpen(node);
+        --openDuties;
+        account.openDuties = openDuties;
+        emit DutyClosed(node, openDuties);
     }
 
     function _credit(address account, uint256 amount) private {

@@ -983,22 +983,27 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         uint256 stageCount = docket.stageCount;
         uint256 rounds = docket.round;
         agreeing = new address[](_MAXIMUM_MEMBERS * stageCount * rounds);
+        address[] memory members = new address[](agreeing.length);
         uint256 count;
+        uint256 total;
         for (uint256 round = docket.sampled ? 1 : 2; round <= rounds; ++round) {
             for (uint256 stage; stage < stageCount; ++stage) {
                 Committee storage committee = _committee(docket, round, stage);
                 uint256 size = committee.size;
+                uint256 agreed = committee.agreeing;
                 for (uint256 i; i < size; ++i) {
                     address member = committee.members[i];
-                    registry.closeDuty(member);
-                    if ((committee.agreeing >> i) & 1 != 0) agreeing[count++] = member;
+                    members[total++] = member;
+                    if (_has(agreed, i)) agreeing[count++] = member;
                 }
             }
         }
-        // `count` is at most the length; the rest of the memory is given up.
+        // Both are at most the length; the rest of the memory is given up.
         assembly ("memory-safe") {
             mstore(agreeing, count)
+            mstore(members, total)
         }
+        if (total != 0) registry.closeDuties(members);
     }
 
     function _agreeingOperators(Committee storage committee) private view returns (address[] memory operators) {

@@ -1,7 +1,7 @@
 """The requester's side: quote, pay on chain, stream the answer, take a refund; and the chat tokenizer.
 
-The public surface is what `__all__` names, loaded on first use: the tokenizer alone must not cost the import of a chain client.
-Private sessions load `bsns.runtime` on demand; nothing else here does.
+The public surface is what `__all__` names, loaded on first use: the tokenizer alone must not cost the import of a
+chain client. Private sessions load `bsns.runtime` on demand; nothing else here does.
 """
 
 from typing import TYPE_CHECKING, Any

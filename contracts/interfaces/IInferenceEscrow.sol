@@ -122,13 +122,13 @@ interface IInferenceEscrow {
     /// @notice All stages have committed. OutputVerification only.
     function markCommitted(RequestId requestId) external;
 
-    /// @notice A verdict was reached; the challenge window runs (or ran out). OutputVerification only. May be called again from Verified
-    ///         back to Committed by `reopen` when a challenge calls another committee.
+    /// @notice A verdict was reached; the challenge window runs. OutputVerification only.
     function markVerified(RequestId requestId) external;
 
+    /// @notice From Verified back to Committed: a challenge calls another committee. OutputVerification only. The deadline stays.
     function reopen(RequestId requestId) external;
 
-    /// @notice Pay executors and verifiers. OutputVerification only, from Verified.
+    /// @notice Pay executors and verifiers. OutputVerification only, from Verified and until its deadline.
     /// @param outputTokens charged answer tokens, at most maximumTokens.
     /// @param stagePaid per stage; the share of an unpaid stage goes back to the requester.
     /// @param verifiers operators' share receivers, one entry per paid attestation (node keys).

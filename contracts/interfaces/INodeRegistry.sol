@@ -161,6 +161,9 @@ interface INodeRegistry {
     /// @notice Close one such duty.
     function closeDuty(address node) external;
 
+    /// @notice Close one duty for each entry of `nodes`; a node may be named several times.
+    function closeDuties(address[] calldata nodes) external;
+
     function accountOf(address node) external view returns (NodeAccount memory);
     function statusOf(address node) external view returns (NodeStatus);
     function operatorOf(address node) external view returns (address);

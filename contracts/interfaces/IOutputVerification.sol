@@ -229,8 +229,7 @@ interface IOutputVerification {
     /// @notice Fix the seed of the draw, after the entropy block: keccak256(abi.encode(secret, commitmentsDigest, blockhash(entropyBlock),
     ///         requestId)). `secret` must match the request's secretHash; after the secret deadline anyone may pass zero instead.
     /// @dev If the block hash is out of reach, the entropy block is renewed and the call returns without a draw; that also ends the wait for
-    ///      the secret. `commitmentsDigest` chains
-    ///      the stage commitments in stage order: d = 0; d = keccak256(abi.encode(d, commitment)). Sampled iff
+    ///      the secret. `commitmentsDigest` chains the stage commitments in stage order: d = 0; d = keccak256(abi.encode(d, commitment)). Sampled iff
     ///      uint256(keccak256(abi.encode(seed, "sample"))) % 10_000 < samplingRateBps. Not sampled: Revealing without a committee.
     function drawCommittee(RequestId requestId, bytes32 secret) external;
 
@@ -247,7 +246,8 @@ interface IOutputVerification {
         bytes32 salt
     ) external;
 
-    /// @notice A member opens its commitment of the current round.
+    /// @notice A member opens its commitment of the current round. `outputTokens` 0 says that the executor kept its evidence back: such an
+    ///         attestation agrees only with its like; it is unpaid beside others, slashes no other member and is not slashed by them.
     function revealAttestation(
         RequestId requestId,
         uint16 stage,
@@ -259,7 +259,8 @@ interface IOutputVerification {
 
     /// @notice Judge one stage by the declared medoid (index into membersOf). Once all reveals are in, or the reveal deadline passed.
     /// @dev Without quorum for that medoid the call reverts, unless no medoid has a quorum: use `tallyWithoutQuorum`. The last tally of a
-    ///      round concludes it: verdict, escalation or refund. In an unsampled request `medoid` is ignored.
+    ///      round concludes it: verdict, escalation or refund. In an unsampled request `medoid` is ignored. An executor that did not reveal
+    ///      in round 1 is Withheld whatever the members say. Members that committed and did not reveal are jailed for jailPeriod.
     function tally(RequestId requestId, uint16 stage, uint256 medoid) external;
 
     /// @notice Record NoQuorum for a stage: no revealed member is supported by two thirds of the revealed stake, or fewer than the minimum
@@ -293,7 +294,7 @@ interface IOutputVerification {
         bytes32[] calldata proof
     ) external;
 
-    /// @notice Close a request whose escrow deadline passed. InferenceEscrow only.
+    /// @notice Close a request whose escrow deadline passed after it was routed: bonds go back, duties end. InferenceEscrow only.
     function abandon(RequestId requestId) external;
 
     /// @notice Push an account's credit (returned or forfeited bonds) to that account. Anyone may call.

@@ -1,5 +1,6 @@
 """A tiny random Llama with a real tokenizer format, for tests that must not wait for the embedded model."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bsns.runtime.executor import StageExecutor
-from bsns.runtime.prepare import ImportedModel, ModelSource, llama_config_fields
+from bsns.runtime.prepare import ImportedModel, ModelSource, llama_config_fields, prepare
+from bsns.runtime.weight_store import WeightStore
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -68,3 +70,29 @@ def greedy(pipeline: Sequence[StageExecutor], prompt: Sequence[int], tokens: int
         answer.append(int(values[-1].argmax()))
         values = torch.tensor(answer[-1:])
     return answer
+
+
+def prepared_tiny_model(cache: Path, *, layers: int = 4) -> Path:
+    """Folder of a prepared tiny model under `cache`, as a network serves it."""
+    return prepare(tiny_source(tiny_llama(layers=layers)), cache, report=silent)
+
+
+def embedded_reference(folder: Path) -> Any:
+    """transformers' own model over the tensors of a prepared folder: what one process would answer."""
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    store = WeightStore(folder)
+    config = LlamaConfig(**json.loads(store.config_bytes()), attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    state = {"model.embed_tokens.weight": store.load_unit(0)["weight"]}
+    for unit in store.manifest.units[1:-1]:
+        state |= {
+            f"model.layers.{unit.index - 1}.{name}": tensor for name, tensor in store.load_unit(unit.index).items()
+        }
+    head = store.load_unit(len(store.manifest.units) - 1)
+    state |= {"model.norm.weight": head["norm.weight"], "lm_head.weight": head["lm_head.weight"]}
+    model.load_state_dict(state, strict=True, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()

@@ -15,7 +15,7 @@ from bsns.requester.chat_tokenizer import ChatTokenizer, ChatTokenizerError
 from bsns.runtime.executor import StageExecutor, StepInput, reexecute
 from bsns.runtime.prepare import model_source, prepare
 from bsns.runtime.weight_store import WeightStore
-from tests.unit.runtime_models import greedy, silent
+from tests.unit.runtime_models import embedded_reference, greedy, silent
 
 pytestmark = pytest.mark.model
 QUESTIONS = (
@@ -32,26 +32,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Any:
-    """transformers' own model over the prepared tensors."""
-    import json
-
-    from transformers.models.llama.configuration_llama import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaForCausalLM
-
-    store = WeightStore(folder)
-    config = LlamaConfig(**json.loads(store.config_bytes()), attn_implementation="sdpa")
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    state = {"model.embed_tokens.weight": store.load_unit(0)["weight"]}
-    for unit in store.manifest.units[1:-1]:
-        state |= {
-            f"model.layers.{unit.index - 1}.{name}": tensor for name, tensor in store.load_unit(unit.index).items()
-        }
-    head = store.load_unit(len(store.manifest.units) - 1)
-    state |= {"model.norm.weight": head["norm.weight"], "lm_head.weight": head["lm_head.weight"]}
-    model.load_state_dict(state, strict=True, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.eval()
+    return embedded_reference(folder)
 
 
 def test_prepared_manifest_is_the_pinned_one(folder: Path) -> None:

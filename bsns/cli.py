@@ -1,0 +1,599 @@
+"""`bsns`: ask a question and pay for it, see what became of it, take a deposit back; and audit anybody's request.
+
+Owns how commands read options and report. Exit codes: 0 done, 1 an audit failed, 2 wrong use or input, 3 the
+contracts refused, 4 chain or network unavailable, 5 paid but not served (refundable). Never asks a question. Tokens
+and progress go to standard error with --json, which prints one JSON object on standard output. Heavy modules are
+imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import stat
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import structlog
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from bsns.chain.deployment import Deployment
+    from bsns.chain.signer import KeySigner
+    from bsns.requester.client import Client
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_REFUSED: Final = 3
+EXIT_UNAVAILABLE: Final = 4
+EXIT_NOT_SERVED: Final = 5
+PASSWORD_VARIABLE: Final = "BSNS_KEYSTORE_PASSWORD"
+KEY_BYTES: Final = 32
+MAXIMUM_PROMPT_BYTES: Final = 4 * 1024 * 1024
+
+_HELP: Final = (
+    "Ask a question and pay for it, see what became of it, take a deposit back; and audit anybody's request.
+
+"
+    "Exit codes: 0 done, 1 an audit failed, 2 wrong use or input, 3 the contracts refused, 4 chain or network "
+    "unavailable, 5 paid but not served (the deposit can be taken back)."
+)
+
+app = typer.Typer(name="bsns", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP)
+audit = typer.Typer(
+    no_args_is_help=True, help="Export, show and verify the record of a request, against the chain alone."
+)
+app.add_typer(audit, name="audit")
+
+_Rpc = Annotated[str, typer.Option("--rpc", envvar="BSNS_RPC_URL", help="JSON-RPC endpoint of the chain.")]
+_DeploymentFile = Annotated[
+    Path, typer.Option("--deployment", envvar="BSNS_DEPLOYMENT", help="Deployment file (JSON).")
+]
+_KnownDeployment = Annotated[
+    Path | None,
+    typer.Option(
+        "--deployment",
+        envvar="BSNS_DEPLOYMENT",
+        help="Insist on these contracts instead of those that the record names.",
+    ),
+]
+_KeyFile = Annotated[
+    Path, typer.Option("--key-file", envvar="BSNS_KEY_FILE", help="Raw hex key or keystore v3, readable by you only.")
+]
+_PasswordFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--keystore-password-file", "--password-file", help=f"Password of a keystore v3; else ${PASSWORD_VARIABLE}."
+    ),
+]
+_StateDir = Annotated[
+    Path,
+    typer.Option("--state-dir", envvar="BSNS_STATE_DIR", help="Where secrets and prompts of your requests are kept."),
+]
+_ModelFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--model-folder", envvar="BSNS_MODEL_FOLDER", help="A prepared model; default: the one `make model` prepared."
+    ),
+]
+_Publisher = Annotated[
+    str | None, typer.Option("--publisher", help="Whose plan to pay for; default: the newest active.")
+]
+_MaximumTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of the answer.")]
+_PromptIds = Annotated[
+    str | None, typer.Option("--prompt-ids", help="The prompt as token ids, with commas, instead of text.")
+]
+_Prompt = Annotated[str | None, typer.Argument(help="What to ask; - reads standard input.", show_default=False)]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+_RequestId = Annotated[str, typer.Argument(help="Request id, 0x and 64 hexadecimal digits.", metavar="ID")]
+_RecordFile = Annotated[Path, typer.Argument(help="Record file.", metavar="RECORD")]
+
+DEFAULT_STATE_DIR: Final = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "bsns"
+
+
+class _UsageError(Exception):
+    """An option or file that cannot be used; the message says what to give instead."""
+
+
+# ------------------------------------------------------------------------------------------------------------ requester
+
+
+@app.command()
+def quote(
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    prompt: _Prompt = None,
+    prompt_ids: _PromptIds = None,
+    max_tokens: _MaximumTokens = 256,
+    publisher: _Publisher = None,
+    model_folder: _ModelFolder = None,
+    as_json: _Json = False,
+) -> None:
+    """What an answer would cost. Needs no key and pays nothing."""
+
+    async def run() -> None:
+        async with _reading_client(rpc, deployment, model_folder) as client:
+            found = await client.quote(_prompt(prompt, prompt_ids), max_tokens, publisher=publisher)
+        if as_json:
+            _print_json(_plain(found))
+            return
+        _table(
+            "Quote",
+            {
+                "deposit": f"{found.fee_wei:,} wei ({found.fee_per_token:,} a token; unused tokens come back)",
+                "tokens": f"{found.prompt_tokens} of prompt, at most {found.maximum_tokens} of answer",
+                "plan": f"0x{found.plan_id.hex()} of {found.publisher}, {found.stage_count} stages",
+            },
+        )
+
+    _run(run())
+
+
+@app.command()
+def request(
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    key_file: _KeyFile,
+    prompt: _Prompt = None,
+    prompt_ids: _PromptIds = None,
+    password_file: _PasswordFile = None,
+    max_tokens: _MaximumTokens = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: no limit.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
+    fee: Annotated[int | None, typer.Option("--fee-wei", min=0, help="Most to deposit; default: the quote.")] = None,
+    publisher: _Publisher = None,
+    record: Annotated[Path | None, typer.Option("--record", help="Write the verification record here.")] = None,
+    token_ids: Annotated[
+        bool, typer.Option("--token-ids", help="Show token ids in the output and disclose them in the record.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for verdict and payment.")] = True,
+    state_dir: _StateDir = DEFAULT_STATE_DIR,
+    model_folder: _ModelFolder = None,
+    as_json: _Json = False,
+) -> None:
+    """Pay for an answer and stream it. Your prompt goes to the nodes of the route, never to the chain."""
+
+    async def run() -> None:
+        from bsns.protocol.sampling import SamplingError, SamplingParameters
+
+        try:
+            sampling = SamplingParameters(temperature, top_k, top_p, seed, max_tokens)
+        except SamplingError as error:
+            raise _UsageError(str(error)) from error
+        if record is not None and not record.parent.is_dir():
+            raise _UsageError(f"{record.parent} is not a folder: the record could not be written there")
+        async with _client(rpc, deployment, key_file, password_file, state_dir, model_folder) as client:
+            asked = _prompt(prompt, prompt_ids)
+            if not isinstance(asked, list):
+                asked = list(client.token_ids(asked))
+            stream = _Stream(as_json)
+            answer = await client.request(
+                asked,
+                sampling,
+                stop=stop or (),
+                on_token=stream.token,
+                on_progress=stream.progress,
+                fee_wei=fee,
+                publisher=publisher,
+                wait_for_settlement=wait,
+            )
+            stream.end()
+            await _report_answer(client, answer, asked if token_ids else None, record, token_ids, as_json)
+
+    _run(run())
+
+
+@app.command()
+def requests(
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    key_file: _KeyFile,
+    password_file: _PasswordFile = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="Take up this request where it stopped.")] = None,
+    record: Annotated[Path | None, typer.Option("--record", help="With --resume: write the record here.")] = None,
+    state_dir: _StateDir = DEFAULT_STATE_DIR,
+    model_folder: _ModelFolder = None,
+    as_json: _Json = False,
+) -> None:
+    """Your requests and where they stand; or go on with one after a crash."""
+
+    async def run() -> None:
+        async with _client(rpc, deployment, key_file, password_file, state_dir, model_folder) as client:
+            if resume is not None:
+                stream = _Stream(as_json)
+                answer = await client.resume(_request_id(resume), on_token=stream.token, on_progress=stream.progress)
+                stream.end()
+                await _report_answer(client, answer, None, record, False, as_json)
+                return
+            found = await client.requests()
+        if as_json:
+            _print_json({"requests": [_plain(item) for item in found]})
+            return
+        table = Table("request", "status", "deposit (wei)", "tokens", "refundable in")
+        for item in found:
+            due = "" if item.refundable_in_s is None else f"{item.refundable_in_s} s"
+            tokens = f"{item.prompt_tokens} + {item.answer_tokens}"
+            table.add_row(f"0x{item.request_id.hex()}", item.status, f"{item.fee_wei:,}", tokens, due)
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+    _run(run())
+
+
+@app.command()
+def refund(
+    request_id: _RequestId,
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    key_file: _KeyFile,
+    password_file: _PasswordFile = None,
+    state_dir: _StateDir = DEFAULT_STATE_DIR,
+    as_json: _Json = False,
+) -> None:
+    """Take back the deposit of a request that was not served, and whatever else the escrow owes you."""
+
+    async def run() -> None:
+        async with _client(rpc, deployment, key_file, password_file, state_dir, None) as client:
+            found = await client.refund(_request_id(request_id))
+        if as_json:
+            _print_json(_plain(found))
+        else:
+            typer.echo(f"{found.withdrawn_wei:,} wei are back at {client.address}")
+
+    _run(run())
+
+
+# -------------------------------------------------------------------------------------------------------------- auditor
+
+
+@audit.command("show")
+def audit_show(
+    record: _RecordFile,
+    as_json: _Json = False,
+) -> None:
+    """A record for people. Shows what it says, not that it is true: that is `verify`."""
+
+    async def run() -> None:
+        from bsns.audit import show
+        from bsns.protocol.record import VerificationRecord
+
+        found = VerificationRecord.from_bytes(_read(record))
+        if as_json:
+            typer.echo(found.to_bytes().decode(), nl=False)
+        else:
+            typer.echo(show(found))
+
+    _run(run())
+
+
+@audit.command("export")
+def audit_export(
+    request_id: _RequestId,
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: standard output.")] = None,
+) -> None:
+    """Build the record of any request from the chain alone (without what only its requester knows)."""
+
+    async def run() -> None:
+        from bsns.audit import export
+        from bsns.chain.client import Web3ChainClient
+
+        known = _deployment(deployment)
+        async with await Web3ChainClient.connect(rpc, known) as chain:
+            data = (await export(chain, known, _request_id(request_id))).to_bytes()
+        if output is None:
+            typer.echo(data.decode(), nl=False)
+        else:
+            _write(output, data)
+
+    _run(run())
+
+
+@audit.command("verify")
+def audit_verify(
+    record: _RecordFile,
+    rpc: _Rpc,
+    deployment: _KnownDeployment = None,
+    as_json: _Json = False,
+) -> None:
+    """Check every field of a record against the chain and recompute the rest. Exit code 0 only if all checks hold."""
+
+    async def run() -> None:
+        from bsns.audit import Check, deployment_of, verify_bytes
+        from bsns.chain.client import Web3ChainClient
+        from bsns.chain.errors import WrongChainError
+        from bsns.protocol.record import RecordError, VerificationRecord
+
+        data = _read(record)
+        known = None if deployment is None else _deployment(deployment)
+        try:
+            where = known or deployment_of(VerificationRecord.from_bytes(data))
+            async with await Web3ChainClient.connect(rpc, where) as chain:
+                checks = await verify_bytes(data, chain, known)
+        except RecordError as error:
+            checks = [Check("record format", False, str(error))]
+        except WrongChainError as error:
+            checks = [Check("contracts", False, str(error))]
+        holds = all(item.ok for item in checks)
+        if as_json:
+            _print_json({"holds": holds, "checks": [_plain(item) for item in checks]})
+        else:
+            for item in checks:
+                if not item.ok:
+                    typer.echo(f"FAILED  {item.name}: {item.detail}")
+            failed = sum(not item.ok for item in checks)
+            typer.echo(f"{len(checks)} checks, all hold" if holds else f"{failed} of {len(checks)} checks failed")
+            if known is None and holds:
+                typer.echo("The contracts are those that the record names; give --deployment to insist on yours.")
+        if not holds:
+            raise typer.Exit(EXIT_FAILED)
+
+    _run(run())
+
+
+# --------------------------------------------------------------------------------------------------------------- inside
+
+
+class _Stream:
+    """Shows tokens and progress as they come: the text alone on standard output, or all of it on standard error
+    beside JSON.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self._error = as_json
+        self._column = 0
+
+    def token(self, _token: int, text: str) -> None:
+        if text:
+            typer.echo(text, nl=False, err=self._error)
+            self._column = 0 if text.endswith("\n") else 1
+            (sys.stderr if self._error else sys.stdout).flush()
+
+    def progress(self, text: str) -> None:
+        if self._error or sys.stderr.isatty():
+            self.end()
+            typer.echo(f"· {text}", err=True)
+
+    def end(self) -> None:
+        if self._column:
+            typer.echo(err=self._error)
+            self._column = 0
+
+
+async def _report_answer(
+    client: Client, answer: Any, prompt: list[int] | None, record: Path | None, token_ids: bool, as_json: bool
+) -> None:
+    if record is not None:
+        from bsns.audit import export
+
+        disclosure = client.disclosure(answer.request_id, with_tokens=token_ids)
+        found = await export(client.chain, client.deployment, answer.request_id, disclosure)
+        _write(record, found.to_bytes())
+    if as_json:
+        document = _plain(answer)
+        document["record"] = str(record) if record is not None else None
+        if prompt is not None:
+            document["prompt_token_ids"] = prompt
+        if not token_ids:
+            document["token_count"] = len(document.pop("token_ids"))
+        _print_json(document)
+        return
+    if sys.stderr.isatty():
+        rate = "" if answer.tokens_per_second is None else f", {answer.tokens_per_second:.1f} tokens/s"
+        paid = "not settled yet" if answer.charged is None else f"{answer.charged:,} wei"
+        typer.echo(f"· {answer.status}, {paid}, {len(answer.token_ids)} tokens{rate}", err=True)
+        typer.echo(f"· request 0x{answer.request_id.hex()}", err=True)
+
+
+@contextlib.asynccontextmanager
+async def _client(
+    rpc: str, deployment: Path, key_file: Path, password_file: Path | None, state_dir: Path, model_folder: Path | None
+) -> Any:
+    from bsns.requester.client import Client
+
+    known, signer = _deployment(deployment), _signer(key_file, password_file)
+    folder = _model_folder(model_folder)
+    async with await Client.connect(rpc, known, signer, state_dir, model_folder=folder) as client:
+        yield client
+
+
+@contextlib.asynccontextmanager
+async def _reading_client(rpc: str, deployment: Path, model_folder: Path | None) -> Any:
+    """A client that only reads: its key is thrown away, and its state folder with it."""
+    import secrets
+    import tempfile
+
+    from bsns.chain.signer import KeySigner
+    from bsns.requester.client import Client
+
+    with tempfile.TemporaryDirectory(prefix="bsns-") as state:
+        known, folder = _deployment(deployment), _model_folder(model_folder)
+        signer = KeySigner(secrets.token_bytes(KEY_BYTES))
+        async with await Client.connect(rpc, known, signer, Path(state), model_folder=folder) as client:
+            yield client
+
+
+def _run(work: Any) -> None:
+    """Run a command's coroutine; errors become one line on standard error and an exit code."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    with _exit_codes():
+        asyncio.run(work)
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    from bsns.audit.errors import AuditError
+    from bsns.chain.errors import ChainError, ContractError
+    from bsns.protocol.identifiers import ProtocolError
+    from bsns.requester import errors
+
+    try:
+        yield
+    except (_UsageError, errors.InvalidRequestError, errors.JournalError, AuditError, ProtocolError) as error:
+        _fail(EXIT_USAGE, error)
+    except (errors.ChainRefusedError, errors.RefundNotDueError, ContractError) as error:
+        _fail(EXIT_REFUSED, error)
+    except errors.NotServedError as error:
+        _fail(EXIT_NOT_SERVED, error)
+    except (errors.RequesterError, ChainError) as error:
+        _fail(EXIT_UNAVAILABLE, error)
+    except KeyboardInterrupt:
+        _fail(EXIT_UNAVAILABLE, "interrupted; `bsns requests` shows what is open, --resume goes on with it")
+
+
+def _fail(code: int, error: object) -> None:
+    typer.echo(f"bsns: {error}", err=True)
+    raise typer.Exit(code)
+
+
+def _prompt(text: str | None, prompt_ids: str | None) -> str | list[int]:
+    if (text is None) == (prompt_ids is None):
+        raise _UsageError("give a prompt: text, - for standard input, or --prompt-ids")
+    if prompt_ids is not None:
+        try:
+            return [int(part) for part in prompt_ids.replace(",", " ").split()]
+        except ValueError:
+            raise _UsageError(f"--prompt-ids takes numbers with commas between them, got {prompt_ids!r:.60}") from None
+    if text == "-":
+        text = sys.stdin.read(MAXIMUM_PROMPT_BYTES)
+    if not text or not text.strip():
+        raise _UsageError("the prompt is empty")
+    return text
+
+
+def _deployment(path: Path) -> Deployment:
+    from bsns.chain.deployment import Deployment
+
+    try:
+        return Deployment.load(path)
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
+
+
+def _model_folder(given: Path | None) -> Path | None:
+    """The model folder given, or the newest prepared one of the cache; None if there is none (token ids then still
+    work).
+    """
+    if given is not None:
+        return given
+    from bsns.runtime.prepare import DEFAULT_MODEL, cache_folder
+
+    manifests = (cache_folder() / "models" / DEFAULT_MODEL).glob("[0-9a-f]*/manifest.json")
+    return max((path.parent for path in manifests), key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def _signer(path: Path, password_file: Path | None) -> KeySigner:
+    """The signer behind a key file that only its owner can read: 64 hexadecimal digits, or a keystore v3 with a
+    password.
+    """
+    from bsns.chain.signer import KeySigner
+
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        content = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _UsageError(f"the key file {path} cannot be read: {error}") from error
+    if mode & 0o077:
+        raise _UsageError(f"others may read the key file {path} (mode {mode:o}): run `chmod 600 {path}`")
+    if content.startswith("{"):
+        return KeySigner(_decrypted(path, content, password_file))
+    try:
+        raw = bytes.fromhex(content.removeprefix("0x"))
+        if len(raw) != KEY_BYTES:
+            raise ValueError(f"it has {len(raw)} bytes, expected {KEY_BYTES}")
+        return KeySigner(raw)
+    except ValueError as error:
+        raise _UsageError(f"{path} is neither 64 hexadecimal digits nor a keystore v3") from error
+
+
+def _decrypted(path: Path, content: str, password_file: Path | None) -> bytes:
+    from eth_account import Account
+
+    password = os.environ.get(PASSWORD_VARIABLE)
+    if password_file is not None:
+        try:
+            password = password_file.read_text().rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise _UsageError(f"the password file {password_file} cannot be read: {error}") from error
+    if not password:
+        raise _UsageError(
+            f"{path} is a keystore: give --keystore-password-file, or {PASSWORD_VARIABLE} in the environment"
+        )
+    try:
+        return bytes(Account.decrypt(json.loads(content), password))
+    except (ValueError, KeyError, TypeError) as error:
+        raise _UsageError(f"the keystore {path} cannot be opened: wrong password, or not a keystore v3") from error
+
+
+def _request_id(text: str) -> bytes:
+    try:
+        value = bytes.fromhex(text.removeprefix("0x"))
+    except ValueError:
+        value = b""
+    if len(value) != 32:
+        raise _UsageError(f"{text!r:.80} is not a request id: 0x and 64 hexadecimal digits")
+    return value
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        raise _UsageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and bytes as JSON values."""
+    import dataclasses
+
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, bytes):
+        return f"0x{value.hex()}"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, ensure_ascii=False))
+
+
+def _table(title: str, rows: Mapping[str, str]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, text in rows.items():
+        table.add_row(name, text)
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the `bsns` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,807 @@
+"""The requester's client: quote, pay, stream the answer, see it verified, or take the deposit back.
+
+Owns the order of a request (docs: "One request"): secret, salt and input are on disk before the transaction that
+needs them is sent, the deposit is never larger than the quote, tokens are handed out as they arrive, and the text is
+only called an answer once the last stage has signed for it. Promises that whatever happens in between, `resume` or
+`refund` brings the request to an end without anybody's permission. Does not judge the record of a request; that is
+`bsns.audit`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import structlog
+
+from bsns.chain.client import Receipt, Web3ChainClient
+from bsns.chain.deployment import Deployment
+from bsns.chain.errors import ChainError, ContractError
+from bsns.chain.signer import Signer
+from bsns.chain.submitter import Submitter
+from bsns.protocol import identifiers, typed_data
+from bsns.protocol.commitments import content_digest, secret_hash, token_bytes
+from bsns.protocol.identifiers import ModelId, RequestId
+from bsns.protocol.manifest import ManifestError, ModelManifest
+from bsns.protocol.record import (
+    Disclosure,
+    RecordedEvidence,
+    RecordedInput,
+    RecordedSampling,
+    RecordedStep,
+    RecordedTokens,
+)
+from bsns.protocol.sampling import SamplingError, SamplingParameters
+from bsns.requester.chat_tokenizer import ChatTokenizer, ChatTokenizerError, StreamDecoder
+from bsns.requester.errors import (
+    AnswerInvalidError,
+    ChainRefusedError,
+    InvalidRequestError,
+    NotServedError,
+    RefundNotDueError,
+    RequesterError,
+    UnavailableError,
+)
+from bsns.requester.execution_session import (
+    ExecutionSession,
+    SessionDomains,
+    SessionError,
+    SessionLimits,
+    entry_commitment,
+)
+from bsns.requester.journal import Journal, JournalEntry, StageEvidenceHeader
+from bsns.requester.node_connection import NodeEndpoint, find_endpoints
+from bsns.requester.patient_chain import PatientChainClient
+from bsns.requester.settlement import RequestStatus, Settlement, Standing
+
+if TYPE_CHECKING:
+    from bsns.chain.client import ChainClient
+
+logger = structlog.get_logger(__name__)
+
+MANIFEST_FILE: Final = "manifest.json"
+Message = str | Sequence[Mapping[str, str]]
+"""What a person says: one message of a user, or a whole conversation of role and content."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """Seconds the client waits for everything that has no deadline on chain."""
+
+    connect_s: float = 10.0
+    open_session_s: float = 60.0
+    first_token_s: float = 300.0
+    next_token_s: float = 120.0
+    close_s: float = 10.0
+    evidence_s: float = 60.0
+    transaction_s: float = 120.0
+    chain_patience_s: float = 30.0
+    """How long a chain that does not answer is asked again."""
+    session_token_lifetime_s: int = 3_600
+    settlement_grace_s: float = 15.0
+    """How long an overdue step is left to the coordinator's desk before it is sent from here."""
+    settlement_s: float = 7_200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """What a request would cost. `fee_wei` is the deposit for all `maximum_tokens`; what is not used comes back."""
+
+    plan_id: bytes
+    publisher: str
+    model_id: bytes
+    stage_count: int
+    prompt_tokens: int
+    maximum_tokens: int
+    fee_per_token: int
+    fee_wei: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouteNode:
+    """The node that served one stage."""
+
+    stage: int
+    node: str
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer and what became of it. `charged` is None while the request is not settled; 0 if it was refunded.
+
+    `finish_reason`: "stop" (end token or stop string), "length", or "interrupted" (a node disappeared in the middle).
+    `token_ids` are all that were drawn and charged, also beyond a stop string. `transactions` by name: the
+    requester's own.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    request_id: bytes
+    finish_reason: str
+    status: str
+    fee_wei: int
+    charged: int | None
+    time_to_first_token_s: float | None
+    tokens_per_second: float | None
+    route: tuple[RouteNode, ...]
+    transactions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSummary:
+    """One request of this state folder with its status on chain."""
+
+    request_id: bytes
+    status: str
+    created_at: int
+    fee_wei: int
+    prompt_tokens: int
+    answer_tokens: int
+    finish_reason: str
+    refundable_in_s: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refund:
+    """Wei that reached the requester's account: the deposit and whatever other credit it had in the escrow."""
+
+    request_id: bytes
+    withdrawn_wei: int
+    transactions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _ActivePlan:
+    plan_id: bytes
+    publisher: str
+    model_id: bytes
+    stage_count: int
+    fee_per_token: int
+
+
+@dataclass(slots=True)
+class _Timing:
+    sent_at: float | None = None
+    first_at: float | None = None
+    last_at: float | None = None
+    count: int = 0
+
+    def mark(self) -> None:
+        self.last_at = time.monotonic()
+        self.first_at = self.first_at or self.last_at
+        self.count += 1
+
+    @property
+    def first_token_s(self) -> float | None:
+        return None if self.sent_at is None or self.first_at is None else self.first_at - self.sent_at
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        if self.first_at is None or self.last_at is None or self.last_at <= self.first_at:
+            return None
+        return (self.count - 1) / (self.last_at - self.first_at)
+
+
+OnToken = Callable[[int, str], None]
+"""Called with each token id and the text that it completes (often a word, sometimes nothing)."""
+OnProgress = Callable[[str], None]
+
+
+def _no_token(_token: int, _text: str) -> None:
+    return None
+
+
+def _no_progress(_text: str) -> None:
+    return None
+
+
+class Client:
+    """One requester on one deployment. Make it with `connect`, use it as `async with`."""
+
+    def __init__(
+        self,
+        chain: ChainClient,
+        deployment: Deployment,
+        signer: Signer,
+        journal: Journal,
+        *,
+        manifest: ModelManifest | None = None,
+        tokenizer: ChatTokenizer | None = None,
+        limits: RequestLimits | None = None,
+    ) -> None:
+        self._limits = limits or RequestLimits()
+        self._connection = chain
+        self.chain: ChainClient = PatientChainClient(chain, self._limits.chain_patience_s)
+        self.deployment = deployment
+        self._signer = signer
+        self._journal = journal
+        self._manifest = manifest
+        self._tokenizer = tokenizer
+        self._submitter = Submitter(self.chain, signer)
+        self._domains = SessionDomains(
+            typed_data.escrow_domain(deployment.chain_id, deployment.inference_escrow),
+            typed_data.verification_domain(deployment.chain_id, deployment.output_verification),
+        )
+
+    @classmethod
+    async def connect(
+        cls,
+        rpc_url: str,
+        deployment: Deployment,
+        signer: Signer,
+        state_dir: Path,
+        *,
+        model_folder: Path | None = None,
+        limits: RequestLimits | None = None,
+    ) -> Client:
+        """Connect to the chain. `model_folder` is a prepared model (manifest and tokenizer); without it only token
+        ids can be sent.
+
+        Raises UnavailableError (chain), InvalidRequestError (model folder) or JournalError (state folder).
+        """
+        manifest, tokenizer = load_model_folder(model_folder) if model_folder is not None else (None, None)
+        journal = Journal(state_dir)
+        async with _chain_errors():
+            chain = await Web3ChainClient.connect(rpc_url, deployment)
+        return cls(chain, deployment, signer, journal, manifest=manifest, tokenizer=tokenizer, limits=limits)
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give the chain connection back."""
+        if isinstance(self._connection, Web3ChainClient):
+            await self._connection.close()
+
+    @property
+    def address(self) -> str:
+        """The account that pays."""
+        return self._signer.address
+
+    def token_ids(self, message: Message) -> tuple[int, ...]:
+        """Prompt tokens of a message; InvalidRequestError without a tokenizer or for a message that the template
+        refuses.
+        """
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                "a message needs the model's tokenizer: give a prepared model folder, or token ids"
+            )
+        try:
+            if isinstance(message, str):
+                return tuple(self._tokenizer.prompt_token_ids(message))
+            return tuple(self._tokenizer.conversation_token_ids(message))
+        except ChatTokenizerError as error:
+            raise InvalidRequestError(str(error)) from error
+
+    async def quote(
+        self, prompt: Message | Sequence[int], maximum_tokens: int, *, publisher: str | None = None
+    ) -> Quote:
+        """Price of a prompt (message, conversation or token ids) with at most `maximum_tokens` of answer under the
+        active plan.
+        """
+        tokens = self._prompt_tokens(prompt)
+        async with _chain_errors():
+            plan = await self._active_plan(publisher)
+            await self._check_lengths(len(tokens), maximum_tokens)
+            fee = int(await self.chain.call("InferenceEscrow", "quote", plan.plan_id, len(tokens), maximum_tokens))
+        return Quote(
+            plan.plan_id,
+            plan.publisher,
+            plan.model_id,
+            plan.stage_count,
+            len(tokens),
+            maximum_tokens,
+            plan.fee_per_token,
+            fee,
+        )
+
+    async def request(
+        self,
+        prompt: Message | Sequence[int],
+        sampling: SamplingParameters | None = None,
+        *,
+        stop: Sequence[str] = (),
+        on_token: OnToken = _no_token,
+        on_progress: OnProgress = _no_progress,
+        fee_wei: int | None = None,
+        publisher: str | None = None,
+        wait_for_settlement: bool = True,
+    ) -> Answer:
+        """Pay for and stream one answer.
+
+        `fee_wei` is the most that may be deposited (default: whatever the quote says). With `wait_for_settlement`
+        False it returns once the answer is there and the committee is drawn; `resume` follows it up. Raises
+        RequesterError; after the deposit was paid that is NotServedError, which says when the deposit can be taken
+        back.
+        """
+        sampling = sampling or SamplingParameters()
+        tokens = self._prompt_tokens(prompt)
+        self._check_stop(stop)
+        quote = await self.quote(tokens, sampling.maximum_tokens, publisher=publisher)
+        if fee_wei is not None and fee_wei < quote.fee_wei:
+            raise InvalidRequestError(
+                f"the quote is {quote.fee_wei} wei, more than the {fee_wei} you allow: allow more, or ask for "
+                "fewer tokens"
+            )
+        async with _chain_errors():
+            funds = await self.chain.balance(self.address)
+        if funds < quote.fee_wei:
+            raise InvalidRequestError(
+                f"account {self.address} has {funds} wei, the deposit is {quote.fee_wei} plus gas: send it more, or "
+                "ask for fewer tokens"
+            )
+        nonce = secrets.randbits(128)
+        entry = JournalEntry(
+            request_id=identifiers.request_id(
+                self.deployment.chain_id, self.deployment.inference_escrow, self.address, nonce
+            ),
+            chain_id=self.deployment.chain_id,
+            escrow=self.deployment.inference_escrow,
+            requester=self.address,
+            plan_id=quote.plan_id,
+            publisher=quote.publisher,
+            nonce=nonce,
+            secret=secrets.token_bytes(32),
+            salt=secrets.token_bytes(32),
+            prompt=tokens,
+            sampling=sampling,
+            stop=tuple(stop),
+            deposit=quote.fee_wei,
+            created_at=int(time.time()),
+        )
+        # Before anything is sent: whoever loses the secret or the salt can neither be served nor draw.
+        self._journal.write(entry)
+        on_progress(f"request 0x{entry.request_id.hex()}: paying {quote.fee_wei} wei")
+        async with _chain_errors():
+            receipt = await self._submitter.submit(
+                "InferenceEscrow",
+                "open",
+                entry.plan_id,
+                nonce,
+                entry_commitment(entry),
+                secret_hash(entry.secret),
+                len(tokens),
+                sampling.maximum_tokens,
+                value=entry.deposit,
+                timeout_s=self._limits.transaction_s,
+            )
+        entry = self._save(entry.with_transaction("open", receipt.transaction_hash, stage="opened"))
+        logger.info(
+            "request opened", request_id=entry.request_id.hex(), fee_wei=entry.deposit, prompt_tokens=len(tokens)
+        )
+        return await self._carry_on(entry, on_token, on_progress, wait_for_settlement)
+
+    async def resume(
+        self,
+        request_id: bytes,
+        *,
+        on_token: OnToken = _no_token,
+        on_progress: OnProgress = _no_progress,
+        wait_for_settlement: bool = True,
+    ) -> Answer:
+        """Take up a request of this state folder wherever it stopped: serve, draw, wait, collect evidence."""
+        entry = self._entry(request_id)
+        async with _chain_errors():
+            standing = await self._settlement(entry, on_progress).standing()
+        if standing.status == RequestStatus.ABSENT:
+            raise UnavailableError(
+                f"request 0x{request_id.hex()} is not on chain: it was never opened, and nothing was paid. "
+                "Make a new request"
+            )
+        if entry.stage == "prepared":
+            entry = self._save(dataclasses.replace(entry, stage="opened"))
+        return await self._carry_on(entry, on_token, on_progress, wait_for_settlement)
+
+    async def requests(self) -> tuple[RequestSummary, ...]:
+        """All requests of this state folder that belong to this deployment, oldest first."""
+        found = []
+        async with _chain_errors():
+            for entry in self._journal.entries():
+                if (entry.chain_id, entry.escrow) != (self.deployment.chain_id, self.deployment.inference_escrow):
+                    continue
+                standing = await self._settlement(entry, _no_progress).standing()
+                live = not standing.status.is_over and standing.status != RequestStatus.ABSENT
+                found.append(
+                    RequestSummary(
+                        entry.request_id,
+                        standing.status.name.capitalize(),
+                        entry.created_at,
+                        entry.deposit,
+                        len(entry.prompt),
+                        len(entry.answer),
+                        entry.finish_reason,
+                        max(0, standing.deadline - standing.now + 1) if live else None,
+                    )
+                )
+        return tuple(found)
+
+    async def refund(self, request_id: bytes) -> Refund:
+        """Take back what the escrow owes: claim an expired deposit, then withdraw the account's whole credit.
+
+        Needs no state folder, only the key. RefundNotDueError says how long it still takes, or that there is nothing
+        to take.
+        """
+        transactions: dict[str, str] = {}
+        async with _chain_errors():
+            request = await self.chain.call("InferenceEscrow", "requestOf", request_id)
+            status = RequestStatus(request.status)
+            if status == RequestStatus.ABSENT:
+                raise InvalidRequestError(f"request 0x{request_id.hex()} is not on this chain")
+            if request.requester != self.address:
+                raise InvalidRequestError(
+                    f"request 0x{request_id.hex()} was paid by {request.requester}, this key is {self.address}"
+                )
+            if not status.is_over:
+                left = int(request.deadline) - (await self.chain.head()).timestamp + 1
+                raise RefundNotDueError(
+                    f"request 0x{request_id.hex()} is {status.name.lower()}; its deposit of {request.deposit} wei can be "
+                    f"taken back in {max(left, 0)} s (after {_clock(int(request.deadline))}) if nothing happens until then",
+                    max(left, 0),
+                )
+            if status == RequestStatus.EXPIRED:
+                receipt = await self._submitter.submit("InferenceEscrow", "claimRefund", request_id)
+                transactions["claim_refund"] = f"0x{receipt.transaction_hash.hex()}"
+            credit = int(await self.chain.call("InferenceEscrow", "creditOf", self.address))
+            if credit == 0:
+                raise RefundNotDueError(
+                    f"request 0x{request_id.hex()} is {status.name.lower()} and the escrow owes {self.address} "
+                    "nothing: what was due has been withdrawn already",
+                    None,
+                )
+            receipt = await self._submitter.submit("InferenceEscrow", "withdrawCredit", self.address)
+            transactions["withdraw_credit"] = f"0x{receipt.transaction_hash.hex()}"
+        return Refund(request_id, credit, transactions)
+
+    def disclosure(self, request_id: bytes, *, with_tokens: bool = False) -> Disclosure:
+        """What this requester can add to the record of a request: nonce, opened input, evidence, and the token ids if
+        asked for.
+        """
+        entry = self._entry(request_id)
+        sampling = entry.sampling
+        recorded_input = RecordedInput(
+            prompt_digest=content_digest(token_bytes(entry.prompt)),
+            prompt_tokens=len(entry.prompt),
+            sampling=RecordedSampling(
+                round(sampling.temperature * 1_000_000),
+                sampling.top_k,
+                round(sampling.top_p * 1_000_000),
+                sampling.seed,
+                sampling.maximum_tokens,
+            ),
+            sampling_digest=sampling.digest(),
+            salt=entry.salt,
+        )
+        evidence = tuple(
+            RecordedEvidence(
+                item.stage,
+                item.evidence_root,
+                item.sealed_sketch,
+                item.output_tokens,
+                tuple(RecordedStep.of(step) for step in item.steps),
+            )
+            for item in sorted(entry.evidence, key=lambda item: item.stage)
+        )
+        # The answer is under the evidence only if all of it arrived.
+        complete = bool(evidence) and len(entry.answer) == evidence[-1].output_tokens
+        tokens = RecordedTokens(entry.prompt, entry.answer) if with_tokens and complete else None
+        return Disclosure(entry.nonce, recorded_input, tokens, evidence)
+
+    # ------------------------------------------------------------------------------------------------------ one request
+
+    async def _carry_on(
+        self, entry: JournalEntry, on_token: OnToken, on_progress: OnProgress, wait_for_settlement: bool
+    ) -> Answer:
+        """Bring an opened request as far as it goes from wherever it is."""
+        settlement = self._settlement(entry, on_progress)
+        timing = _Timing()
+        async with _chain_errors():
+            standing = await settlement.standing()
+            if standing.status == RequestStatus.OPEN:
+                on_progress("waiting for a route")
+                standing = await settlement.wait_until_not(RequestStatus.OPEN)
+            if standing.status == RequestStatus.EXPIRED and entry.stage == "opened":
+                raise self._not_served(entry, "nobody routed or served it in time", standing)
+            route = await self._route(entry)
+            if standing.status == RequestStatus.ROUTED and entry.stage == "opened":
+                entry = await self._serve(entry, route, standing, on_token, on_progress, timing)
+            if standing.status == RequestStatus.ROUTED:
+                on_progress("waiting for the nodes' commitments")
+                standing = await settlement.wait_until_not(RequestStatus.ROUTED)
+                if standing.status == RequestStatus.EXPIRED:
+                    raise self._not_served(entry, "the nodes answered but did not all commit", standing)
+            if standing.status in (RequestStatus.COMMITTED, RequestStatus.VERIFIED, RequestStatus.SETTLED):
+                entry = await self._collect_evidence(entry, route, on_progress)
+            if standing.status == RequestStatus.COMMITTED and entry.stage != "drawn":
+                settlement = self._settlement(entry, on_progress)
+                await settlement.draw(entry.secret)
+                entry = self._save(dataclasses.replace(self._entry(entry.request_id), stage="drawn"))
+                standing = await settlement.standing()
+            if wait_for_settlement and not standing.status.is_over:
+                standing = await self._settlement(entry, on_progress).finish(
+                    entry.secret, grace_s=self._limits.settlement_grace_s, timeout_s=self._limits.settlement_s
+                )
+            entry = self._entry(entry.request_id)
+            charged = await self._charged(entry, standing)
+        if standing.status.is_over:
+            entry = self._save(dataclasses.replace(entry, stage="concluded"))
+        return Answer(
+            text=entry.text,
+            token_ids=entry.answer,
+            request_id=entry.request_id,
+            finish_reason=entry.finish_reason or "interrupted",
+            status=standing.status.name.capitalize(),
+            fee_wei=entry.deposit,
+            charged=charged,
+            time_to_first_token_s=timing.first_token_s,
+            tokens_per_second=timing.tokens_per_second,
+            route=tuple(RouteNode(stage, item.node, item.endpoint) for stage, item in enumerate(route)),
+            transactions=entry.transactions,
+        )
+
+    async def _serve(
+        self,
+        entry: JournalEntry,
+        route: Sequence[NodeEndpoint],
+        standing: Standing,
+        on_token: OnToken,
+        on_progress: OnProgress,
+        timing: _Timing,
+    ) -> JournalEntry:
+        """Stream the answer; the journal holds it when this returns."""
+        decoder = self._tokenizer.stream_decoder(entry.stop) if self._tokenizer is not None else None
+        pieces: list[str] = []
+        try:
+            async with self._session(entry, route, standing.now) as session:
+                on_progress(f"opening the session at {len(route)} nodes")
+                await session.open()
+                timing.sent_at = time.monotonic()
+                async for token in session.stream():
+                    timing.mark()
+                    was_stopped = decoder is not None and decoder.stopped_by is not None
+                    pieces.append(decoder.push(token) if decoder is not None else "")
+                    on_token(token, pieces[-1])
+                    if decoder is not None and decoder.stopped_by is not None and not was_stopped:
+                        await session.close()
+                finish_reason = session.finish_reason
+                tokens = session.tokens
+        except SessionError as error:
+            kind = AnswerInvalidError if error.invalid else NotServedError
+            raise self._not_served(entry, f"node of stage {error.stage} refused: {error}", standing, kind) from error
+        rest = decoder.finish() if decoder is not None else ""
+        if rest:
+            pieces.append(rest)
+            on_token(tokens[-1], rest)
+        if decoder is not None and decoder.stopped_by is not None:
+            finish_reason = "stop"
+        return self._save(
+            dataclasses.replace(
+                entry, stage="answered", answer=tokens, text="".join(pieces), finish_reason=finish_reason
+            )
+        )
+
+    async def _collect_evidence(
+        self, entry: JournalEntry, route: Sequence[NodeEndpoint], on_progress: OnProgress
+    ) -> JournalEntry:
+        """Fetch what stages show of their evidence. A node that shows none only makes the record shorter."""
+        missing = [stage for stage in range(len(route)) if stage not in {item.stage for item in entry.evidence}]
+        if not missing:
+            return entry
+        on_progress("collecting the evidence of the stages")
+        now = (await self.chain.head()).timestamp
+        found: list[StageEvidenceHeader] = list(entry.evidence)
+
+        async def collect(session: ExecutionSession, stage: int) -> None:
+            record = await self.chain.call("OutputVerification", "stageRecordOf", entry.request_id, stage)
+            try:
+                found.append(await session.evidence(stage, record.commitment))
+            except SessionError as error:
+                logger.warning("no evidence", request_id=entry.request_id.hex(), stage=stage, detail=str(error))
+                on_progress(f"stage {stage} shows no evidence ({error}); the record will hold its commitment only")
+
+        try:
+            async with self._session(entry, route, now) as session:
+                await asyncio.gather(*(collect(session, stage) for stage in missing))
+        except SessionError as error:
+            on_progress(f"node of stage {error.stage} cannot be reached ({error}); the record will hold less evidence")
+        return self._save(dataclasses.replace(entry, evidence=tuple(sorted(found, key=lambda item: item.stage))))
+
+    def _session(self, entry: JournalEntry, route: Sequence[NodeEndpoint], chain_now: int) -> ExecutionSession:
+        limits = self._limits
+        # Nodes may judge the token by their clock or the chain's.
+        deadline = max(int(time.time()), chain_now) + limits.session_token_lifetime_s
+        return ExecutionSession(
+            entry,
+            route,
+            self._signer,
+            self._domains,
+            SessionLimits(
+                limits.connect_s,
+                limits.open_session_s,
+                limits.first_token_s,
+                limits.next_token_s,
+                limits.close_s,
+                limits.evidence_s,
+            ),
+            deadline,
+        )
+
+    def _settlement(self, entry: JournalEntry, on_progress: OnProgress) -> Settlement:
+        def sent(name: str, receipt: Receipt) -> None:
+            current = self._journal.read(entry.request_id)
+            self._save(current.with_transaction(name, receipt.transaction_hash))
+
+        return Settlement(self.chain, self._submitter, entry.request_id, on_progress, sent)
+
+    async def _route(self, entry: JournalEntry) -> tuple[NodeEndpoint, ...]:
+        """Endpoints of the route's nodes, in stage order; NotServedError if one has none."""
+        stages = await self.chain.call("InferenceEscrow", "stagesOf", entry.request_id)
+        nodes = [stage.node for stage in stages]
+        head = await self.chain.head()
+        known = await find_endpoints(self.chain, nodes, self.deployment.first_block, head.number)
+        for stage, node in enumerate(nodes):
+            if node not in known:
+                raise UnavailableError(f"node {node} of stage {stage} has no endpoint on chain; is first_block right?")
+        return tuple(known[node] for node in nodes)
+
+    async def _charged(self, entry: JournalEntry, standing: Standing) -> int | None:
+        match standing.status:
+            case RequestStatus.SETTLED:
+                name = "RequestSettled"
+            case RequestStatus.REFUNDED:
+                name = "RequestRefunded"
+            case _:
+                return None
+        head = await self.chain.head()
+        events = await self.chain.events_between(
+            self.deployment.first_block,
+            head.number,
+            contract="InferenceEscrow",
+            name=name,
+            filters={"requestId": entry.request_id},
+        )
+        return entry.deposit - int(events[-1].arguments["refunded"]) if events else None
+
+    # ---------------------------------------------------------------------------------------------------------- choices
+
+    async def _active_plan(self, publisher: str | None) -> _ActivePlan:
+        """The plan in effect of `publisher`, or of whoever published last."""
+        filters: dict[str, Any] = {}
+        if self._manifest is not None:
+            manifest = self._manifest
+            filters["modelId"] = identifiers.model_id(manifest.manifest_hash, manifest.weight_root, len(manifest.units))
+        if publisher is not None:
+            filters["publisher"] = identifiers.address(publisher)
+        head = await self.chain.head()
+        events = await self.chain.events_between(
+            self.deployment.first_block,
+            head.number,
+            contract="ShardAssignments",
+            name="PlanPublished",
+            filters=filters,
+        )
+        seen: set[tuple[bytes, str]] = set()
+        for event in reversed(events):
+            key = (ModelId(event.arguments["modelId"]), str(event.arguments["publisher"]))
+            if key in seen:
+                continue
+            seen.add(key)
+            plan_id = bytes(await self.chain.call("ShardAssignments", "activePlan", *key))
+            if plan_id != identifiers.ZERO_HASH:
+                plan = await self.chain.call("ShardAssignments", "planOf", plan_id)
+                return _ActivePlan(plan_id, key[1], key[0], int(plan.stageCount), int(plan.feePerToken))
+        whose = f"of {publisher}" if publisher else "of anybody"
+        which = f"for model {self._manifest.name}" if self._manifest else "for any model"
+        raise UnavailableError(
+            f"there is no active plan {whose} {which}: ask the network's operator, or wait until its plan takes effect"
+        )
+
+    async def _check_lengths(self, prompt_tokens: int, maximum_tokens: int) -> None:
+        if maximum_tokens < 1:
+            raise InvalidRequestError("ask for at least one token")
+        limit = int((await self.chain.call("InferenceEscrow", "terms")).maximumTokens)
+        if max(prompt_tokens, maximum_tokens) > limit:
+            raise InvalidRequestError(
+                f"prompt of {prompt_tokens} and answer of {maximum_tokens} tokens: the contracts allow {limit} each"
+            )
+        if self._manifest is not None and prompt_tokens + maximum_tokens > self._manifest.context_limit:
+            raise InvalidRequestError(
+                f"prompt ({prompt_tokens}) and answer ({maximum_tokens}) together exceed the model's context of "
+                f"{self._manifest.context_limit} tokens: shorten the prompt or ask for fewer tokens"
+            )
+
+    def _prompt_tokens(self, prompt: Message | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str) or any(isinstance(item, Mapping) for item in prompt):
+            tokens = self.token_ids(cast("Message", prompt))
+        else:
+            tokens = tuple(cast("Sequence[int]", prompt))
+        if not tokens:
+            raise InvalidRequestError("the prompt is empty")
+        highest = self._manifest.vocabulary_size if self._manifest is not None else 2**31
+        for token in cast("Sequence[object]", tokens):
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < highest:
+                raise InvalidRequestError(f"token id {token!r} is outside the vocabulary of {highest}")
+        return tokens
+
+    def _check_stop(self, stop: Sequence[str]) -> None:
+        if not stop:
+            return
+        if self._tokenizer is None:
+            raise InvalidRequestError("stop strings need the model's tokenizer: give a prepared model folder")
+        try:
+            StreamDecoder(self._tokenizer, stop)
+        except ChatTokenizerError as error:
+            raise InvalidRequestError(str(error)) from error
+
+    def _entry(self, request_id: bytes) -> JournalEntry:
+        entry = self._journal.read(request_id)
+        if (entry.chain_id, entry.escrow) != (self.deployment.chain_id, self.deployment.inference_escrow):
+            raise InvalidRequestError(
+                f"request 0x{request_id.hex()} is of escrow {entry.escrow} on chain {entry.chain_id}: give its "
+                "deployment"
+            )
+        if entry.requester != self.address:
+            raise InvalidRequestError(f"request 0x{request_id.hex()} was made by {entry.requester}: give its key")
+        return entry
+
+    def _save(self, entry: JournalEntry) -> JournalEntry:
+        self._journal.write(entry)
+        return entry
+
+    def _not_served(
+        self, entry: JournalEntry, what: str, standing: Standing, kind: type[NotServedError] = NotServedError
+    ) -> NotServedError:
+        identifier = RequestId(entry.request_id).hex()
+        return kind(
+            f"{what}; your deposit of {entry.deposit} wei can be taken back after {_clock(standing.deadline)} "
+            f"with `bsns refund 0x{identifier}`",
+            entry.request_id,
+            standing.deadline,
+        )
+
+
+def load_model_folder(folder: Path) -> tuple[ModelManifest, ChatTokenizer]:
+    """Manifest and tokenizer of a prepared model; the tokenizer's files are checked against the manifest. No weights
+    are read.
+    """
+    try:
+        manifest = ModelManifest.from_bytes((folder / MANIFEST_FILE).read_bytes())
+        for name, expected in (
+            ("tokenizer.json", manifest.tokenizer_sha256),
+            ("chat_template.jinja", manifest.chat_template_sha256),
+        ):
+            if content_digest((folder / name).read_bytes()) != expected:
+                raise InvalidRequestError(f"{name} in {folder} is not the one of its manifest: prepare the model again")
+        return manifest, ChatTokenizer(folder)
+    except OSError as error:
+        raise InvalidRequestError(f"{folder} is not a prepared model ({error}); `make model` prepares one") from error
+    except (ManifestError, ChatTokenizerError, SamplingError) as error:
+        raise InvalidRequestError(f"the model in {folder} cannot be used: {error}") from error
+
+
+@asynccontextmanager
+async def _chain_errors() -> AsyncIterator[None]:
+    """Errors of bsns.chain as errors of this package."""
+    try:
+        yield
+    except RequesterError:
+        raise
+    except ContractError as error:
+        raise ChainRefusedError(f"the contracts refused: {error}", error.name) from error
+    except ChainError as error:
+        raise UnavailableError(str(error)) from error
+
+
+def _clock(deadline: int) -> str:
+    return datetime.fromtimestamp(deadline, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,0 +1,376 @@
+"""One paid session over the nodes of its route: open it everywhere, stream the prompt in and the tokens out, close
+it, ask for evidence.
+
+Promises that every token it yields came in order, and that at the end the last stage has signed for exactly those
+tokens, or it raises. Says which stage refused and why. Does not touch the chain and does not decode text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+import structlog
+
+from bsns.chain.signer import Signer
+from bsns.protocol import typed_data
+from bsns.protocol.commitments import (
+    EvidenceStep,
+    StageEvidence,
+    content_digest,
+    extend_chain,
+    input_commitment,
+    stage_commitment,
+    token_bytes,
+)
+from bsns.protocol.identifiers import ZERO_HASH, ProtocolError
+from bsns.requester.errors import UnavailableError
+from bsns.requester.journal import JournalEntry, StageEvidenceHeader
+from bsns.requester.node_connection import NodeEndpoint, explain_refusal, open_channel
+from bsns.v1 import common_pb2, execution_pb2, execution_pb2_grpc
+
+logger = structlog.get_logger(__name__)
+
+FRAME_PAYLOAD_BYTES: Final = 1024 * 1024 - 4096
+"""Payload of one frame; with its header a frame stays under 1 MiB."""
+MAXIMUM_EVIDENCE_STEPS: Final = 131_072
+FINISH_REASONS: Final = {
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+    common_pb2.FINISH_REASON_CANCELLED: "cancelled",
+}
+
+
+class SessionError(Exception):
+    """A node refused, disappeared or did not keep to the protocol. `stage` says where; `invalid` that what came back
+    must not be used.
+    """
+
+    def __init__(self, message: str, stage: int, *, invalid: bool = False) -> None:
+        self.stage = stage
+        self.invalid = invalid
+        super().__init__(message)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """Seconds a session waits for each thing a node does."""
+
+    connect_s: float
+    open_session_s: float
+    first_token_s: float
+    next_token_s: float
+    close_s: float
+    evidence_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SessionDomains:
+    """EIP-712 domains of the deployment."""
+
+    escrow: typed_data.Domain
+    verification: typed_data.Domain
+
+
+class ExecutionSession:
+    """A session of `entry` over `route` (one endpoint per stage). Use as `async with`; `deadline` (Unix seconds) ends
+    its token.
+    """
+
+    def __init__(
+        self,
+        entry: JournalEntry,
+        route: Sequence[NodeEndpoint],
+        signer: Signer,
+        domains: SessionDomains,
+        limits: SessionLimits,
+        deadline: int,
+    ) -> None:
+        self._entry = entry
+        self._route = tuple(route)
+        self._signer = signer
+        self._domains = domains
+        self._limits = limits
+        self._deadline = deadline
+        self._channels: list[grpc.aio.Channel] = []
+        self._stubs: list[execution_pb2_grpc.ShardExecutionAsyncStub] = []
+        self._received: list[int] = []
+        self._finish_reason = ""
+        self._closing = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens received so far."""
+        return tuple(self._received)
+
+    @property
+    def finish_reason(self) -> str:
+        """ "stop", "length", "cancelled"; empty until the session ended."""
+        return self._finish_reason
+
+    async def __aenter__(self) -> ExecutionSession:
+        try:
+            for stage, where in enumerate(self._route):
+                try:
+                    channel = await open_channel(where, self._limits.connect_s)
+                except UnavailableError as error:
+                    raise SessionError(str(error), stage) from error
+                self._channels.append(channel)
+                self._stubs.append(execution_pb2_grpc.ShardExecutionStub(channel))
+        except BaseException:
+            await self._disconnect()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        await asyncio.gather(*(channel.close() for channel in self._channels))
+        self._channels, self._stubs = [], []
+
+    async def open(self) -> None:
+        """Open the session at all stages at once; SessionError of the first stage that refuses."""
+        opening = self._input_opening()
+        token = self._session_token()
+
+        async def open_at(stage: int) -> SessionError | None:
+            request = execution_pb2.OpenSessionRequest(
+                request_id=self._entry.request_id, stage=stage, token=token, input=opening
+            )
+            try:
+                await self._stubs[stage].OpenSession(request, timeout=self._limits.open_session_s, wait_for_ready=True)
+            except grpc.aio.AioRpcError as error:
+                return self._refused(stage, error)
+            return None
+
+        outcomes = await asyncio.gather(*(open_at(stage) for stage in range(len(self._route))))
+        for refusal in outcomes:
+            if refusal is not None:
+                raise refusal
+
+    async def stream(self) -> AsyncIterator[int]:
+        """Send the prompt to stage 0 and yield the answer's tokens until the session ends and the last stage's
+        signature is checked.
+
+        A broken stream after the first token ends the iteration with finish reason "interrupted": the nodes close
+        what they did, and the chain charges that. SessionError otherwise.
+        """
+        call = self._stubs[0].Forward()
+        try:
+            for frame in self._prompt_frames():
+                await call.write(execution_pb2.ForwardRequest(frame=frame))
+            while True:
+                limit = self._patience_s
+                try:
+                    async with asyncio.timeout(limit):
+                        response = await call.read()
+                except TimeoutError:
+                    if self._closing:
+                        self._finish_reason = "cancelled"
+                        return
+                    raise SessionError(f"no token within {limit:.0f} s after {len(self._received)} tokens", 0) from None
+                if not isinstance(response, execution_pb2.ForwardResponse):
+                    raise SessionError("the stream ended without an end of session", 0)
+                match response.WhichOneof("body"):
+                    case "token":
+                        if self._take_token(response.token):
+                            yield response.token.token_id
+                    case "ended":
+                        self._check_end(response.ended)
+                        return
+                    case "rejected":
+                        rejected = response.rejected
+                        reason = common_pb2.ErrorReason.Name(rejected.reason).removeprefix("ERROR_REASON_")
+                        raise SessionError(f"{reason}: {rejected.detail}", rejected.stage)
+                    case "receipt":
+                        self._check_receipt(response.receipt)
+                    case _:
+                        raise SessionError("stage 0 sent an empty message", 0)
+        except grpc.aio.AioRpcError as error:
+            if not self._received:
+                raise self._refused(0, error) from error
+            self._finish_reason = "interrupted"
+        finally:
+            call.cancel()
+
+    @property
+    def _patience_s(self) -> float:
+        if self._closing:
+            return self._limits.close_s
+        return self._limits.next_token_s if self._received else self._limits.first_token_s
+
+    async def close(self) -> None:
+        """Ask stage 0 to end the session (a stop string was hit). The end arrives on the stream, whatever stage 0
+        says here.
+        """
+        self._closing = True
+        request = execution_pb2.CloseSessionRequest(request_id=self._entry.request_id, token=self._session_token())
+        try:
+            await self._stubs[0].CloseSession(request, timeout=self._limits.close_s)
+        except grpc.aio.AioRpcError as error:
+            # It may have ended by itself in between; at worst, more tokens are drawn than were needed.
+            logger.info("close refused", request_id=self._entry.request_id.hex(), detail=str(self._refused(0, error)))
+
+    async def evidence(self, stage: int, commitment: bytes) -> StageEvidenceHeader:
+        """The digests behind the commitment of `stage`, checked against it. SessionError if the node has none or they
+        do not open it.
+        """
+        query = (self._entry.request_id, stage, self._deadline)
+        digest = typed_data.signing_digest(self._domains.verification, typed_data.EVIDENCE_QUERY, query)
+        request = execution_pb2.GetStageEvidenceRequest(
+            request_id=self._entry.request_id,
+            stage=stage,
+            deadline=self._deadline,
+            signature=self._signer.sign_digest(digest),
+            with_inputs=False,
+        )
+        steps: list[EvidenceStep] = []
+        header: execution_pb2.StageEvidence | None = None
+        try:
+            async for response in self._stubs[stage].GetStageEvidence(request, timeout=self._limits.evidence_s):
+                if response.WhichOneof("body") != "evidence":
+                    continue
+                header = header or response.evidence
+                steps += [_evidence_step(item) for item in response.evidence.steps]
+                if len(steps) > MAXIMUM_EVIDENCE_STEPS:
+                    raise SessionError(
+                        f"sent more than {MAXIMUM_EVIDENCE_STEPS} steps of evidence", stage, invalid=True
+                    )
+        except grpc.aio.AioRpcError as error:
+            raise self._refused(stage, error) from error
+        if header is None:
+            raise SessionError("sent no evidence", stage)
+        try:
+            root = StageEvidence(tuple(steps)).root
+        except ProtocolError as error:
+            raise SessionError(f"its evidence is not consistent: {error}", stage, invalid=True) from error
+        opened = stage_commitment(
+            self._entry.request_id, 0, stage, self._route[stage].node, root, header.sealed_sketch, header.output_tokens
+        )
+        if root != header.evidence_root or opened != commitment:
+            raise SessionError("its evidence does not open its commitment on chain", stage, invalid=True)
+        return StageEvidenceHeader(stage, root, bytes(header.sealed_sketch), header.output_tokens, tuple(steps))
+
+    def _take_token(self, token: execution_pb2.OutputToken) -> bool:
+        """Whether the token is new; repeated steps are allowed if they say the same."""
+        if token.step < len(self._received):
+            if self._received[token.step] != token.token_id:
+                raise SessionError(f"two different tokens for step {token.step}", 0, invalid=True)
+            return False
+        if token.step != len(self._received):
+            raise SessionError(f"token {token.step} came where {len(self._received)} was due", 0, invalid=True)
+        if len(self._received) >= self._entry.sampling.maximum_tokens:
+            raise SessionError(f"more than the {self._entry.sampling.maximum_tokens} tokens paid for", 0, invalid=True)
+        self._received.append(token.token_id)
+        return True
+
+    def _check_end(self, ended: execution_pb2.SessionEnded) -> None:
+        reason = FINISH_REASONS.get(ended.finish_reason)
+        if reason is None:
+            raise SessionError("the session ended without a reason", 0)
+        statement, last = ended.statement, len(self._route) - 1
+        signed = statement.step + 1 if statement.signature else 0
+        if not self._received and not signed and reason == "cancelled":
+            self._finish_reason = reason
+            return
+        values = (bytes(statement.request_id), statement.stage, statement.sent, statement.step, bytes(statement.chain))
+        if values[:3] != (self._entry.request_id, last, True):
+            raise SessionError("the last stage's statement is about something else", last, invalid=True)
+        digest = typed_data.signing_digest(self._domains.verification, typed_data.HAND_OVER, values)
+        if not typed_data.is_signed_by(digest, statement.signature, self._route[last].node):
+            raise SessionError(
+                "the statement over the tokens is not signed by the last stage's node", last, invalid=True
+            )
+        # After our own CloseSession the ring may have drawn tokens that we did not wait for; they are charged and in
+        # the evidence.
+        if signed != ended.steps or (signed != len(self._received) and reason != "cancelled"):
+            raise SessionError(
+                f"the last stage signed for {signed} tokens, {len(self._received)} arrived", last, invalid=True
+            )
+        if signed <= len(self._received) and _token_chain(self._received[:signed]) != statement.chain:
+            raise SessionError("the tokens that arrived are not those that the last stage signed", 0, invalid=True)
+        self._finish_reason = reason
+
+    def _check_receipt(self, receipt: common_pb2.SignedHandOver) -> None:
+        """Stage 0's receipt for the prompt; its receipts for later steps are about tokens of the last stage."""
+        if receipt.step != 0 or receipt.stage != 0 or receipt.sent:
+            return
+        chain = extend_chain(ZERO_HASH, content_digest(token_bytes(self._entry.prompt)))
+        values = (self._entry.request_id, 0, False, 0, chain)
+        digest = typed_data.signing_digest(self._domains.verification, typed_data.HAND_OVER, values)
+        if receipt.chain != chain or not typed_data.is_signed_by(digest, receipt.signature, self._route[0].node):
+            raise SessionError("stage 0 did not sign for the prompt that was sent", 0, invalid=True)
+
+    def _prompt_frames(self) -> list[execution_pb2.StepFrame]:
+        payload = token_bytes(self._entry.prompt)
+        parts = [payload[at : at + FRAME_PAYLOAD_BYTES] for at in range(0, len(payload), FRAME_PAYLOAD_BYTES)]
+        return [
+            execution_pb2.StepFrame(
+                request_id=self._entry.request_id,
+                stage=0,
+                step=0,
+                position=0,
+                rows=len(self._entry.prompt),
+                encoding=common_pb2.TENSOR_ENCODING_TOKEN_IDS,
+                frame_index=index,
+                frame_count=len(parts),
+                payload=part,
+                digest=content_digest(payload) if index == 0 else b"",
+            )
+            for index, part in enumerate(parts)
+        ]
+
+    def _session_token(self) -> execution_pb2.SessionToken:
+        values = (self._entry.request_id, entry_commitment(self._entry), self._deadline)
+        digest = typed_data.signing_digest(self._domains.escrow, typed_data.SESSION_TOKEN, values)
+        return execution_pb2.SessionToken(deadline=self._deadline, signature=self._signer.sign_digest(digest))
+
+    def _input_opening(self) -> execution_pb2.InputOpening:
+        sampling = self._entry.sampling
+        return execution_pb2.InputOpening(
+            prompt_digest=content_digest(token_bytes(self._entry.prompt)),
+            prompt_tokens=len(self._entry.prompt),
+            sampling=common_pb2.SamplingParameters(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                seed=sampling.seed,
+                maximum_tokens=sampling.maximum_tokens,
+            ),
+            salt=self._entry.salt,
+        )
+
+    def _refused(self, stage: int, error: grpc.aio.AioRpcError) -> SessionError:
+        reason, detail = explain_refusal(error)
+        return SessionError(f"{reason.removeprefix('ERROR_REASON_')}: {detail}", stage)
+
+
+def entry_commitment(entry: JournalEntry) -> bytes:
+    """The input commitment of a journal entry."""
+    prompt_digest = content_digest(token_bytes(entry.prompt))
+    return input_commitment(prompt_digest, len(entry.prompt), entry.sampling.digest(), entry.salt)
+
+
+def _token_chain(tokens: Sequence[int]) -> bytes:
+    """Chain of hand-over digests over tokens as the last stage sent them."""
+    chain = ZERO_HASH
+    for token in tokens:
+        chain = extend_chain(chain, content_digest(token_bytes([token])))
+    return chain
+
+
+def _evidence_step(step: execution_pb2.EvidenceStep) -> EvidenceStep:
+    return EvidenceStep(
+        step.step,
+        step.position,
+        step.rows,
+        bytes(step.input_digest),
+        bytes(step.output_digest),
+        bytes(step.input_chain),
+        bytes(step.output_chain),
+        bytes(step.fingerprint),
+    )

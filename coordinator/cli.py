@@ -1,0 +1,328 @@
+"""`bsns-coordinator`: deploy contracts, migrate the database, serve, and look at what is going on.
+
+Owns how commands read options and report. Exit codes: 0 done, 2 wrong use or settings, 3 the chain or the contracts
+refused, 4 chain or database unavailable. Never asks a question. Everything for programs is one JSON document on
+standard output; logs go to standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import structlog
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bsns.chain.client import Web3ChainClient
+from bsns.chain.deployment import Deployment, Terms, deploy
+from bsns.chain.errors import ChainError, ChainUnavailableError
+from bsns.protocol.identifiers import ProtocolError, model_id
+from coordinator import service
+from coordinator.demo import DemoSettings, run_demo, run_devnet
+from coordinator.devnet import DevnetError
+from coordinator.dispatch import PlanPolicy
+from coordinator.dispatch.plan_publication import compute_plan
+from coordinator.network_state import NetworkStateError
+from coordinator.settings import SettingsError, load_key, load_settings
+from coordinator.storage import Storage, StorageError, StorageUnavailableError, migrate
+
+EXIT_USAGE: Final = 2
+EXIT_REFUSED: Final = 3
+EXIT_UNAVAILABLE: Final = 4
+
+app = typer.Typer(
+    name="bsns-coordinator", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
+
+
+class Network(StrEnum):
+    """Which terms to deploy with."""
+
+    PUBLIC = "public"
+    DEVNET = "devnet"
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    JSON = "json"
+    CONSOLE = "console"
+
+
+_Rpc = Annotated[str | None, typer.Option("--rpc", help="JSON-RPC endpoint of the chain.")]
+_DeploymentFile = Annotated[Path | None, typer.Option("--deployment", help="Deployment file (JSON).")]
+_Database = Annotated[str | None, typer.Option("--database-url", help="sqlite:///file or postgresql://…")]
+_KeyFile = Annotated[Path | None, typer.Option("--key-file", help="Raw hex key (mode 600) or a keystore v3.")]
+_PasswordFile = Annotated[Path | None, typer.Option("--keystore-password-file", help="Password of a keystore v3.")]
+_Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+@app.command()
+def serve(
+    rpc: _Rpc = None,
+    deployment: _DeploymentFile = None,
+    database_url: _Database = None,
+    listen: Annotated[str | None, typer.Option(help="host:port for nodes; port 0 takes a free one.")] = None,
+    key_file: _KeyFile = None,
+    keystore_password_file: _PasswordFile = None,
+    manifest: Annotated[list[Path] | None, typer.Option(help="Manifest of a model to plan for; repeatable.")] = None,
+    fee_per_token: Annotated[int | None, typer.Option(help="Wei per token of prompt or answer.")] = None,
+    minimum_nodes: Annotated[int | None, typer.Option(help="Nodes to wait for before the first plan.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Nodes a stage.")] = None,
+    stage_count: Annotated[int | None, typer.Option(help="Stages; default: one a node.")] = None,
+    confirmation_depth: Annotated[int | None, typer.Option(help="Blocks below the head left alone.")] = None,
+    certificate_file: Annotated[Path | None, typer.Option(help="PEM certificate; required off loopback.")] = None,
+    certificate_key_file: Annotated[Path | None, typer.Option(help="PEM key of the certificate.")] = None,
+    config: _Config = None,
+    print_config: Annotated[bool, typer.Option(help="Show the effective settings, secrets masked, and exit.")] = False,
+    log_format: Annotated[LogFormat | None, typer.Option(help="Default: console on a terminal, else JSON.")] = None,
+) -> None:
+    """Watch the chain, plan, route and close what is open, until SIGTERM."""
+    _configure_logs(log_format)
+    with _reported():
+        settings = load_settings(
+            config,
+            rpc_url=rpc,
+            deployment=deployment,
+            database_url=database_url,
+            listen=listen,
+            key_file=key_file,
+            keystore_password_file=keystore_password_file,
+            manifest=tuple(manifest) if manifest else None,
+            fee_per_token=fee_per_token,
+            minimum_nodes=minimum_nodes,
+            replicas=replicas,
+            stage_count=stage_count,
+            confirmation_depth=confirmation_depth,
+            certificate_file=certificate_file,
+            certificate_key_file=certificate_key_file,
+        )
+        if print_config:
+            _say(settings.shown())
+            return
+        asyncio.run(service.serve(settings, _say))
+
+
+@app.command("deploy")
+def deploy_command(
+    rpc: Annotated[str, typer.Option("--rpc", help="JSON-RPC endpoint of the chain.")],
+    key_file: Annotated[Path, typer.Option("--key-file", help="Key of the deployer.")],
+    deployment: Annotated[Path, typer.Option("--deployment", help="Deployment file to write.")],
+    keystore_password_file: _PasswordFile = None,
+    treasury: Annotated[str | None, typer.Option(help="Receives the protocol fee; default: the deployer.")] = None,
+    network: Annotated[Network, typer.Option(help="Terms to start from.")] = Network.PUBLIC,
+    terms_file: Annotated[
+        Path | None, typer.Option(help="JSON with changes to them: {registry: {…}, escrow: {…}, verification: {…}}.")
+    ] = None,
+) -> None:
+    """Create the four contracts and write the deployment file."""
+    with _reported():
+        if deployment.exists():
+            raise SettingsError(f"{deployment} exists already: give another file, the old one names live contracts")
+        signer = load_key(key_file, password_file=keystore_password_file)
+        terms = _terms(network, terms_file)
+        console = Console(stderr=True)
+        made = asyncio.run(
+            deploy(rpc, signer, terms, treasury=treasury, progress=lambda name, at: console.print(f"{name} at {at}"))
+        )
+        made.save(deployment)
+        _say(dataclasses.asdict(made))
+
+
+@app.command("migrate")
+def migrate_command(
+    database_url: Annotated[str, typer.Option("--database-url", help="sqlite:///file or postgresql://…")],
+    to: Annotated[str, typer.Option("--to", help='Revision, "head" or "base" (drops everything).')] = "head",
+) -> None:
+    """Bring the database's tables to a revision, up or down."""
+    with _reported():
+        migrate(database_url, to)
+        _say({"event": "migrated", "revision": to})
+
+
+@app.command()
+def status(
+    database_url: Annotated[str, typer.Option("--database-url", help="sqlite:///file or postgresql://…")],
+    rpc: _Rpc = None,
+    deployment: _DeploymentFile = None,
+    as_json: _Json = False,
+) -> None:
+    """Head lag, nodes, plans, requests, intents. With --rpc and --deployment also the chain's head."""
+    with _reported():
+        content = asyncio.run(_status(database_url, rpc, deployment))
+        if as_json:
+            _say(content)
+            return
+        console = Console()
+        console.print(f"block {content['cursor'] and content['cursor']['number']}, lag {content['head_lag_blocks']}")
+        table = Table("node", "status", "stake (wei)", "open duties", "endpoint")
+        for node in content["nodes"]:
+            values = (node["node"], node["status"], node["staked_wei"], node["open_duties"], node["endpoint"])
+            table.add_row(*(str(value) for value in values))
+        console.print(table)
+        for plan in content["plans"]:
+            console.print(f"plan {plan['plan_id']} epoch {plan['epoch']}: {len(plan['stages'])} assignments")
+        console.print(f"requests {content['requests']}, intents {content['intents']}")
+
+
+@app.command()
+def plan(
+    database_url: Annotated[str, typer.Option("--database-url", help="sqlite:///file or postgresql://…")],
+    manifest: Annotated[Path, typer.Option(help="Manifest of the model.")],
+    measurements_hash: Annotated[
+        str | None, typer.Option(help="Recompute from the measurements a published plan names; default: the latest.")
+    ] = None,
+    stage_count: Annotated[int | None, typer.Option(help="Stages; default: one a node.")] = None,
+    replicas: Annotated[int, typer.Option(help="Nodes a stage.")] = 1,
+    as_json: _Json = False,
+) -> None:
+    """Compute the plan that stored measurements give, without publishing it: anyone who has them gets the same."""
+    with _reported():
+        model = service.load_manifests((manifest,))[0]
+        storage = Storage(database_url)
+        try:
+            storage.require_current_schema()
+            if measurements_hash is None:
+                identity = model_id(model.manifest_hash, model.weight_root, len(model.units))
+                measurements = storage.measurements(identity)
+            else:
+                stored = storage.measurement_set(bytes.fromhex(measurements_hash.removeprefix("0x")))
+                if stored is None:
+                    raise SettingsError(f"this database has no measurements {measurements_hash}")
+                measurements = {item.node: item for item, _signature in stored}
+        finally:
+            storage.close()
+        policy = PlanPolicy(fee_per_token=0, stage_count=stage_count, replicas=replicas)
+        computed = compute_plan(model, measurements, policy)
+        content = {
+            "root": "0x" + computed.root.hex(),
+            "assignments": [
+                {**dataclasses.asdict(item), "execution_class": "0x" + item.execution_class.hex()}
+                for item in computed.assignments
+            ],
+        }
+        if as_json:
+            _say(content)
+            return
+        console = Console()
+        console.print(f"root {content['root']}")
+        table = Table("stage", "replica", "units", "node", "work weight")
+        for item in computed.assignments:
+            units = f"{item.first_unit}..{item.end_unit - 1}"
+            table.add_row(str(item.stage), str(item.replica), units, item.node, str(item.work_weight))
+        console.print(table)
+
+
+@app.command("demo")
+def demo_command(
+    prompt: Annotated[
+        str, typer.Option(envvar="BSNS_DEMO_PROMPT", help="What to ask.")
+    ] = "What is the capital of France, and what is it known for?",
+    max_tokens: Annotated[int, typer.Option(envvar="BSNS_DEMO_MAX_TOKENS", min=1, help="Length of the answer.")] = 32,
+    nodes: Annotated[int, typer.Option(envvar="BSNS_DEMO_NODES", min=2, max=16, help="Node clients to start.")] = 4,
+    seed: Annotated[int, typer.Option(envvar="BSNS_DEMO_SEED", min=0, help="Seed of the sampling.")] = 7,
+    output: Annotated[Path, typer.Option(help="Folder of summary.json and record.json.")] = Path("build/demo"),
+    keep: Annotated[bool, typer.Option(help="Leave the chain running, for audits afterwards.")] = False,
+) -> None:
+    """One paid, sharded, verified inference on a local network, from an empty chain to an audited record."""
+    settings = DemoSettings(prompt, max_tokens, nodes, seed, output, keep)
+    with _reported():
+        asyncio.run(run_demo(settings, Console(stderr=True)))
+
+
+@app.command("devnet")
+def devnet_command(
+    nodes: Annotated[int, typer.Option(min=2, max=16, help="Node clients to start.")] = 4,
+    folder: Annotated[Path, typer.Option(help="Keys, databases and logs of the network.")] = Path("build/devnet"),
+) -> None:
+    """A local network that runs until Ctrl-C: chain, contracts, coordinator, nodes."""
+    with _reported():
+        asyncio.run(run_devnet(folder, nodes, Console(stderr=True)))
+
+
+def main() -> None:
+    """Entry point of `bsns-coordinator`."""
+    app()
+
+
+async def _status(database_url: str, rpc: str | None, deployment: Path | None) -> dict[str, Any]:
+    if rpc is None:
+        return await service.status(database_url, None)
+    if deployment is None:
+        raise SettingsError("--rpc needs --deployment, which names the chain")
+    async with await Web3ChainClient.connect(rpc, Deployment.load(deployment)) as chain:
+        return await service.status(database_url, chain)
+
+
+def _terms(network: Network, changes: Path | None) -> Terms:
+    terms = Terms.for_devnet() if network == Network.DEVNET else Terms()
+    if changes is None:
+        return terms
+    try:
+        content = json.loads(changes.read_text())
+        return Terms(
+            registry=dataclasses.replace(terms.registry, **content.pop("registry", {})),
+            escrow=dataclasses.replace(terms.escrow, **content.pop("escrow", {})),
+            verification=dataclasses.replace(terms.verification, **content.pop("verification", {})),
+            **{"plan_activation_delay": terms.plan_activation_delay, **content},
+        )
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        raise SettingsError(f"{changes} does not hold terms: {error}") from error
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Every expected error becomes one line and an exit code."""
+    try:
+        yield
+    except* (SettingsError, ProtocolError) as group:
+        _fail(group, EXIT_USAGE)
+    except* (ChainUnavailableError, StorageUnavailableError) as group:
+        _fail(group, EXIT_UNAVAILABLE)
+    except* (ChainError, StorageError, NetworkStateError, DevnetError) as group:
+        _fail(group, EXIT_REFUSED)
+
+
+def _fail(group: BaseExceptionGroup[Exception], code: int) -> None:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    typer.echo(f"bsns-coordinator: {error}", err=True)
+    sys.exit(code)
+
+
+def _say(content: dict[str, Any]) -> None:
+    """One JSON document on standard output, at once: whoever started us waits for it."""
+    typer.echo(json.dumps(content))
+    sys.stdout.flush()
+
+
+def _configure_logs(log_format: LogFormat | None) -> None:
+    console = log_format == LogFormat.CONSOLE or (log_format is None and sys.stderr.isatty())
+    renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+if __name__ == "__main__":
+    main()

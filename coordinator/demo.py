@@ -1,0 +1,266 @@
+"""`make demo`: one paid, sharded, verified inference on a devnet, from an empty chain to an audited record.
+
+Owns the sequence and the summary. Every step is the command that a person would type (`bsns request`, `bsns audit
+verify`) against real processes; a step that fails ends the demo with a non-zero status after everything was stopped.
+Does not touch models: the model folder was prepared before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bsns.protocol.record import VerificationRecord
+from coordinator.devnet import Devnet, DevnetError
+
+REQUEST_TIMEOUT_S = 600.0
+AUDIT_TIMEOUT_S = 60.0
+WATCH_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """What the caller chooses."""
+
+    prompt: str
+    maximum_tokens: int
+    nodes: int
+    seed: int
+    output: Path
+    keep: bool = False
+
+
+async def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
+    """The whole demo; returns the summary. DevnetError says which step failed; every process is stopped either way."""
+    model_folder = await prepared_model()
+    return await Demo(settings, console, model_folder).execute()
+
+
+async def run_devnet(folder: Path, nodes: int, console: Console) -> None:
+    """A network that runs until SIGINT or SIGTERM, with what to type to use it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model_folder = await prepared_model()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    devnet = Devnet(folder, model_folder / "manifest.json", node_count=nodes, progress=console.print)
+    async with devnet:
+        await devnet.await_plan()
+        console.print(
+            "\nthe network is up; ask it something:\n"
+            f"  bsns request --rpc {devnet.rpc_url} --deployment {devnet.deployment_file} "
+            f"--key-file {devnet.requester_key_file} --max-tokens 32 --record build/record.json "
+            "'Why is the sky blue?'\n"
+            f"  bsns audit verify build/record.json --rpc {devnet.rpc_url}\n"
+            f"  bsns-coordinator status --database-url {devnet.database_url}\n"
+            "Ctrl-C stops everything.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        while not stop.is_set():
+            devnet.check()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), WATCH_INTERVAL_S)
+
+
+async def prepared_model() -> Path:
+    """Folder of the embedded language model; prepared by a process of its own, as nothing here may load torch."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "bsns.runtime.prepare"),
+        stdout=asyncio.subprocess.PIPE,
+        stdin=asyncio.subprocess.DEVNULL,
+    )
+    output, _ = await process.communicate()
+    if process.returncode != 0:
+        raise DevnetError("the model could not be prepared; the reason is above")
+    return Path(output.decode().strip().splitlines()[-1])
+
+
+class Demo:
+    """One run. `execute` returns the summary, or raises DevnetError saying which step failed."""
+
+    def __init__(self, settings: DemoSettings, console: Console, model_folder: Path) -> None:
+        self._settings = settings
+        self._console = console
+        self._model_folder = model_folder
+        self._began = time.monotonic()
+        folder = settings.output / "network"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._devnet = Devnet(
+            folder,
+            model_folder / "manifest.json",
+            node_count=settings.nodes,
+            progress=self._say,
+            keep_chain=settings.keep,
+        )
+
+    async def execute(self) -> dict[str, Any]:
+        """Run the whole demo; writes summary.json and record.json under the output folder."""
+        settings = self._settings
+        settings.output.mkdir(parents=True, exist_ok=True)
+        record_file = settings.output / "record.json"
+        for stale in (record_file, settings.output / "summary.json"):
+            stale.unlink(missing_ok=True)
+        async with self._devnet as devnet:
+            for item in await devnet.await_plan():
+                self._say(f"plan: stage {item[0]} = units {item[2]}..{item[3] - 1} on {item[4]}")
+            self._say(f"requester asks: {settings.prompt}")
+            answer = json.loads(await self._run("request", self._request_command(record_file), REQUEST_TIMEOUT_S))
+            if not record_file.exists():
+                raise DevnetError(f"the request ended without a record: {json.dumps(answer)}")
+            record = VerificationRecord.from_bytes(record_file.read_bytes())
+            await self._run(
+                "audit",
+                [*self._bsns(), "audit", "verify", str(record_file), "--rpc", devnet.rpc_url],
+                AUDIT_TIMEOUT_S,
+            )
+            self._say("auditor: the record holds against the chain alone")
+            summary = summarise(settings, answer, record, record_file)
+            (settings.output / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        self._show(summary)
+        return summary
+
+    def _request_command(self, record_file: Path) -> list[str]:
+        devnet, settings = self._devnet, self._settings
+        return [
+            *(*self._bsns(), "request"),
+            *("--rpc", devnet.rpc_url),
+            *("--deployment", str(devnet.deployment_file)),
+            *("--key-file", str(devnet.requester_key_file)),
+            *("--model-folder", str(self._model_folder)),
+            *("--state-dir", str(devnet.folder / "requester")),
+            *("--max-tokens", str(settings.maximum_tokens)),
+            *("--seed", str(settings.seed)),
+            *("--record", str(record_file)),
+            "--token-ids",
+            "--json",
+            "--",
+            settings.prompt,
+        ]
+
+    @staticmethod
+    def _bsns() -> tuple[str, ...]:
+        return (sys.executable, "-m", "bsns.cli")
+
+    async def _run(self, name: str, command: Sequence[str], timeout_s: float) -> str:
+        """Run one command to its end; its standard error (progress, streamed tokens) goes straight to the terminal."""
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            output, _ = await asyncio.wait_for(process.communicate(), timeout_s)
+        except TimeoutError:
+            raise DevnetError(f"{name} was not done within {timeout_s:.0f} s") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            logs = ", ".join(str(child.log) for child in self._devnet.processes)
+            raise DevnetError(f"{name} failed with status {process.returncode}:\n{output.decode()}\nlogs: {logs}")
+        return output.decode()
+
+    def _say(self, line: str) -> None:
+        self._console.print(f"[dim]{time.monotonic() - self._began:6.1f} s[/dim]  {line}", highlight=False, markup=True)
+
+    def _show(self, summary: dict[str, Any]) -> None:
+        table = Table(title="One paid, sharded, verified inference", show_header=False, title_justify="left")
+        table.add_row("answer", summary["text"])
+        table.add_row("request", summary["request_id"])
+        for node in summary["nodes"]:
+            paid = summary["paid_wei"].get(node["operator"], 0)
+            units = f"units {node['first_unit']:>2}..{node['last_unit']:<2}"
+            table.add_row(f"node {node['address'][:10]}…", f"{units}  operator credited {paid:,} wei")
+        seats = len(summary["committee"])
+        agreeing = sum(seat["verdict"] == "accepted" for seat in summary["committee"])
+        table.add_row("committee", f"{agreeing} of {seats} re-executions agree")
+        table.add_row("verdict", summary["verdict"])
+        table.add_row("money", f"deposit {summary['fee_wei']:,} wei, refunded {summary['refunded_wei']:,} wei")
+        gas = [item["gas_used"] for item in summary["transactions"]]
+        table.add_row("gas", f"{sum(gas):,} in {len(gas)} transactions")
+        first, rate = summary["time_to_first_token_s"], summary["tokens_per_second"]
+        table.add_row("speed", f"first token after {first:.2f} s, then {rate:.1f} tokens/s")
+        table.add_row("record", f"{summary['record']} ({Path(summary['record']).stat().st_size:,} bytes)")
+        self._console.print(table)
+        if self._settings.keep:
+            devnet = self._devnet
+            self._say(f"the chain is kept: bsns audit verify {summary['record']} --rpc {devnet.rpc_url}")
+
+
+def summarise(
+    settings: DemoSettings, answer: dict[str, Any], record: VerificationRecord, record_file: Path
+) -> dict[str, Any]:
+    """The demo's summary.json out of the requester's answer and the verified record."""
+    stages = record.route.stages if record.route else ()
+    assignments = record.plan.assignments
+    domain = record.domain
+    requester = record.request.requester
+    paid: dict[str, int] = {}
+    if record.payment:
+        for credit in record.payment.credits:
+            if credit.account != requester:
+                paid[credit.account] = paid.get(credit.account, 0) + credit.amount
+    tolerance = record.term("OutputVerification.tolerance")
+    committee = []
+    for round_ in record.rounds:
+        distances = {
+            (tally.stage, item.node): item.distance for tally in round_.tallies for item in tally.member_distances
+        }
+        for member in round_.members:
+            distance = distances.get((member.stage, member.node))
+            committee.append(
+                {
+                    "address": member.node,
+                    "stage": member.stage,
+                    "verdict": "absent" if distance is None else "accepted" if distance <= tolerance else "deviating",
+                }
+            )
+    conclusion = record.conclusion
+    return {
+        "prompt": settings.prompt,
+        "prompt_token_ids": answer["prompt_token_ids"],
+        "text": answer["text"],
+        "token_ids": answer["token_ids"],
+        "model_id": "0x" + record.model.model_id.hex(),
+        "request_id": "0x" + record.request.request_id.hex(),
+        "chain_id": domain.chain_id,
+        "contracts": {
+            "NodeRegistry": domain.node_registry,
+            "ShardAssignments": domain.shard_assignments,
+            "InferenceEscrow": domain.inference_escrow,
+            "OutputVerification": domain.output_verification,
+        },
+        "nodes": [
+            {
+                "address": stage.node,
+                "operator": stage.operator,
+                "first_unit": assignments[stage.assignment].first_unit,
+                "last_unit": assignments[stage.assignment].end_unit - 1,
+            }
+            for stage in stages
+        ],
+        "fee_wei": record.request.deposit,
+        "paid_wei": paid,
+        "refunded_wei": record.payment.refunded if record.payment else 0,
+        "verdict": "pending" if conclusion is None else "accepted" if conclusion.accepted else "rejected",
+        "committee": committee,
+        "transactions": [
+            {"name": item.events[0], "hash": "0x" + item.hash.hex(), "gas_used": item.gas_used}
+            for item in record.transactions
+        ],
+        "time_to_first_token_s": answer["time_to_first_token_s"],
+        "tokens_per_second": answer["tokens_per_second"],
+        "record": str(record_file),
+    }

@@ -1,0 +1,285 @@
+"""Settings of the coordinator: every limit, window and path has a name, a unit and a default here.
+
+Sources, strongest first: command-line options, environment (prefix BSNS_COORDINATOR_), a TOML file (--config or
+BSNS_COORDINATOR_CONFIG_FILE), defaults. Promises that what loads is complete and in range, and that `shown` contains no
+secret. Also reads the key file: raw hex or an Ethereum keystore v3, readable by its owner alone.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit, urlunsplit
+
+from eth_account import Account
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from bsns.chain.signer import KeySigner
+from bsns.protocol.plan import MAXIMUM_STAGES
+from coordinator.chain_follower import FollowerLimits
+from coordinator.coordination_service import ConversationLimits
+from coordinator.dispatch import PlanPolicy, PoolLimits, PublicationLimits
+from coordinator.transaction_outbox import OutboxLimits
+
+CONFIG_FILE_VARIABLE: Final = "BSNS_COORDINATOR_CONFIG_FILE"
+KIB: Final = 1024
+_KEY_BYTES: Final = 32
+_MAXIMUM_UINT128: Final = 2**128 - 1
+
+
+class SettingsError(Exception):
+    """A setting or a file given by the operator cannot be used; the message says which and what to do."""
+
+
+class CoordinatorSettings(BaseSettings):
+    """Everything a coordinator is told. Sizes in bytes, times in seconds, money in wei, depths in blocks."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BSNS_COORDINATOR_", frozen=True, extra="forbid", hide_input_in_errors=True
+    )
+
+    # Where and who
+    rpc_url: str = Field(min_length=1, description="JSON-RPC endpoint of the chain")
+    rpc_timeout_seconds: float = Field(default=10.0, gt=0)
+    deployment: Path = Field(description="deployment file that names the contracts")
+    database_url: str = Field(min_length=1, description="sqlite:///file or postgresql://user:password@host/name")
+    migrate_on_start: bool = Field(default=True, description="bring the tables to this release before serving")
+    listen: str = Field(default="127.0.0.1:0", description="host:port of the gRPC service; port 0 takes a free one")
+    certificate_file: Path | None = Field(default=None, description="PEM certificate; required off loopback")
+    certificate_key_file: Path | None = Field(default=None, description="PEM key of the certificate")
+    key_file: Path = Field(description="key of the publisher: raw hex (mode 600) or a keystore v3")
+    keystore_password: SecretStr | None = Field(default=None, description="prefer keystore_password_file")
+    keystore_password_file: Path | None = Field(default=None)
+    manifest: tuple[Path, ...] = Field(default=(), description="manifest files of the models to plan for")
+
+    # What is planned
+    fee_per_token: int = Field(ge=0, le=_MAXIMUM_UINT128, description="wei per token of prompt or answer")
+    minimum_nodes: int = Field(default=1, ge=1, description="nodes to wait for before the first plan")
+    replacement_minimum_nodes: int = Field(default=1, ge=1, description="nodes that a replacement plan needs")
+    stage_count: int | None = Field(default=None, ge=1, le=MAXIMUM_STAGES, description="default: one stage a node")
+    replicas: int = Field(default=1, ge=1, description="nodes a stage")
+    planned_sessions: int = Field(default=4, ge=1, description="sessions whose cache must fit on every node at once")
+    planned_session_tokens: int = Field(default=2_048, ge=1)
+    gather_seconds: float = Field(
+        default=1.0, ge=0, description="quiet time before planning, so that all who join are in"
+    )
+    consent_wait_seconds: float = Field(default=120.0, gt=0)
+    consent_validity_seconds: int = Field(default=900, ge=60)
+    refusal_pause_seconds: float = Field(default=60.0, ge=0)
+    plan_failure_pause_seconds: float = Field(default=5.0, ge=0)
+    replace_after_seconds: float = Field(default=30.0, ge=0, description="a stage without a live node: plan anew after")
+
+    # Chain
+    confirmation_depth: int = Field(default=0, ge=0, description="blocks below the head that are left alone")
+    maximum_reorganisation_depth: int = Field(default=256, ge=1)
+    poll_seconds: float = Field(default=0.5, gt=0)
+    chain_backoff_seconds: float = Field(default=0.5, gt=0)
+    chain_backoff_maximum_seconds: float = Field(default=30.0, gt=0)
+    follower_batch_blocks: int = Field(default=256, ge=1)
+    synced_within_blocks: int = Field(default=3, ge=0, description="blocks behind the head that still count as synced")
+    transaction_confirmations: int = Field(default=2, ge=1)
+    transactions_in_flight: int = Field(default=64, ge=1)
+    rebroadcast_seconds: float = Field(default=15.0, gt=0)
+    replace_transaction_seconds: float = Field(default=45.0, gt=0)
+    transaction_replacements: int = Field(default=6, ge=0)
+    refusal_backoff_seconds: float = Field(default=2.0, gt=0)
+    refusal_backoff_maximum_seconds: float = Field(default=120.0, gt=0)
+    open_requests_a_pass: int = Field(default=1_024, ge=1, description="unfinished requests looked at in one pass")
+
+    # Nodes
+    attached_nodes: int = Field(default=256, ge=1)
+    heartbeat_seconds: float = Field(default=2.0, ge=0.05, le=60)
+    missed_heartbeats: int = Field(default=3, ge=1)
+    queued_messages_a_node: int = Field(default=16, ge=2)
+    messages_a_minute: int = Field(default=600, ge=1)
+    message_bytes: int = Field(default=256 * KIB, ge=16 * KIB, description="largest gRPC message taken from a node")
+    hello_seconds: float = Field(default=10.0, gt=0)
+    clock_skew_seconds: int = Field(default=300, ge=0)
+    measurement_age_seconds: int = Field(default=30 * 86_400, ge=1)
+    drain_seconds: float = Field(default=5.0, ge=0)
+
+    @field_validator("listen")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        host, separator, port = value.rpartition(":")
+        if not separator or not host or not port.isdecimal() or int(port) > 65_535:
+            raise ValueError("must be host:port")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CoordinatorSettings:
+        if (self.certificate_file is None) != (self.certificate_key_file is None):
+            raise ValueError("certificate_file and certificate_key_file belong together")
+        if self.certificate_file is None and not is_loopback(self.listen):
+            raise ValueError(f"{self.listen} is not on loopback: give certificate_file and certificate_key_file (TLS)")
+        if self.maximum_reorganisation_depth <= self.transaction_confirmations:
+            raise ValueError("maximum_reorganisation_depth must be more than transaction_confirmations")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        configured = os.environ.get(CONFIG_FILE_VARIABLE)
+        if configured:
+            sources.append(TomlConfigSettingsSource(settings_cls, Path(configured)))
+        return tuple(sources)
+
+    def shown(self) -> dict[str, Any]:
+        """The effective values for people: passwords masked, also the one inside a database URL."""
+        values = self.model_dump(mode="json")
+        values["database_url"] = masked_url(self.database_url)
+        values["rpc_url"] = masked_url(self.rpc_url)
+        return values
+
+    @property
+    def policy(self) -> PlanPolicy:
+        return PlanPolicy(
+            fee_per_token=self.fee_per_token,
+            minimum_nodes=self.minimum_nodes,
+            replacement_minimum_nodes=self.replacement_minimum_nodes,
+            stage_count=self.stage_count,
+            replicas=self.replicas,
+            concurrent_sessions=self.planned_sessions,
+            session_tokens=self.planned_session_tokens,
+        )
+
+    @property
+    def follower_limits(self) -> FollowerLimits:
+        return FollowerLimits(
+            confirmation_depth=self.confirmation_depth,
+            maximum_reorganisation_depth=self.maximum_reorganisation_depth,
+            poll_seconds=self.poll_seconds,
+            backoff_seconds=self.chain_backoff_seconds,
+            backoff_maximum_seconds=self.chain_backoff_maximum_seconds,
+            batch_blocks=self.follower_batch_blocks,
+            synced_within_blocks=self.synced_within_blocks,
+        )
+
+    @property
+    def outbox_limits(self) -> OutboxLimits:
+        return OutboxLimits(
+            confirmations=self.transaction_confirmations,
+            in_flight=self.transactions_in_flight,
+            rebroadcast_seconds=self.rebroadcast_seconds,
+            replace_seconds=self.replace_transaction_seconds,
+            replacements=self.transaction_replacements,
+            refusal_backoff_seconds=self.refusal_backoff_seconds,
+            refusal_backoff_maximum_seconds=self.refusal_backoff_maximum_seconds,
+        )
+
+    @property
+    def pool_limits(self) -> PoolLimits:
+        return PoolLimits(
+            attached_nodes=self.attached_nodes,
+            heartbeat_seconds=self.heartbeat_seconds,
+            missed_heartbeats=self.missed_heartbeats,
+            queued_messages=self.queued_messages_a_node,
+            messages_per_minute=self.messages_a_minute,
+        )
+
+    @property
+    def conversation_limits(self) -> ConversationLimits:
+        return ConversationLimits(
+            hello_seconds=self.hello_seconds,
+            clock_skew_seconds=self.clock_skew_seconds,
+            measurement_age_seconds=self.measurement_age_seconds,
+        )
+
+    @property
+    def publication_limits(self) -> PublicationLimits:
+        return PublicationLimits(
+            gather_seconds=self.gather_seconds,
+            consent_wait_seconds=self.consent_wait_seconds,
+            consent_validity_seconds=self.consent_validity_seconds,
+            refusal_pause_seconds=self.refusal_pause_seconds,
+            failure_pause_seconds=self.plan_failure_pause_seconds,
+            replace_after_seconds=self.replace_after_seconds,
+        )
+
+
+def load_settings(config: Path | None = None, **options: Any) -> CoordinatorSettings:
+    """Settings from options (None: not given), environment and TOML file; SettingsError names each wrong one."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if config is not None:
+        if not config.is_file():
+            raise SettingsError(f"there is no settings file {config}")
+        os.environ[CONFIG_FILE_VARIABLE] = str(config)
+    try:
+        return CoordinatorSettings(**given)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}" for item in error.errors()
+        )
+        raise SettingsError(f"settings cannot be used: {problems}") from error
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"the settings file cannot be read: {error}") from error
+
+
+def load_key(path: Path, password: str | None = None, password_file: Path | None = None) -> KeySigner:
+    """The signer behind a key file that only its owner can read: 64 hexadecimal digits, or a keystore v3 with a
+    password.
+    """
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        content = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the key file {path} cannot be read: {error}") from error
+    if mode & 0o077:
+        raise SettingsError(f"others may read the key file {path} (mode {mode:o}): run `chmod 600 {path}`")
+    if content.startswith("{"):
+        return KeySigner(_decrypted(path, content, password, password_file))
+    try:
+        raw = bytes.fromhex(content.removeprefix("0x"))
+        if len(raw) != _KEY_BYTES:
+            raise ValueError(f"it has {len(raw)} bytes, expected {_KEY_BYTES}")
+        return KeySigner(raw)
+    except ValueError as error:
+        raise SettingsError(f"{path} is neither 64 hexadecimal digits nor a keystore v3") from error
+
+
+def _decrypted(path: Path, content: str, password: str | None, password_file: Path | None) -> bytes:
+    if password_file is not None:
+        try:
+            password = password_file.read_text().rstrip("\r\n")
+        except OSError as error:
+            raise SettingsError(f"the password file {password_file} cannot be read: {error}") from error
+    if not password:
+        raise SettingsError(
+            f"{path} is a keystore: give keystore_password_file or the variable BSNS_COORDINATOR_KEYSTORE_PASSWORD"
+        )
+    try:
+        return bytes(Account.decrypt(json.loads(content), password))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"the keystore {path} cannot be opened: wrong password, or not a keystore v3") from error
+
+
+def is_loopback(where: str) -> bool:
+    """Whether "host:port" is on loopback, where plaintext is allowed."""
+    host = where.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def masked_url(url: str) -> str:
+    """`url` without the password in it, and without a query, where providers put keys."""
+    parts = urlsplit(url)
+    netloc = parts.netloc
+    if parts.password is not None:
+        netloc = f"{parts.username or ''}:**********@{netloc.rpartition('@')[2]}"
+    return urlunsplit((parts.scheme, netloc, parts.path, "**********" if parts.query else "", ""))

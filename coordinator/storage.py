@@ -1,0 +1,982 @@
+"""The coordinator's tables and the only queries on them.
+
+Owns what survives a restart: canonical blocks and events with the aggregates folded from them, intents with the
+transactions signed for them, and nodes' measurements. Promises that a block, its events, the aggregates they touch
+and the cursor change in one transaction; that after a rollback the aggregates equal a fold over the remaining events
+(SYNC-01); and that a signed transaction is stored together with its nonce before anybody can broadcast it
+(OUTBOX-01). SQLite (WAL, BEGIN IMMEDIATE) or PostgreSQL by URL; integers of 256 bits are zero-padded text. Methods
+block: coroutines call them in a worker thread. Does not talk to the chain and decides nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Any, Final, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    RowMapping,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    make_url,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from bsns.chain.client import Block, ChainEvent
+from bsns.chain.deployment import Deployment
+from bsns.protocol.identifiers import ModelId, PlanId, RequestId
+from bsns.protocol.measurements import NodeMeasurements, measurements_hash
+from bsns.v1 import coordination_pb2
+from coordinator.documents import decode_record, decode_values, encode_record, encode_values
+from coordinator.network_state import (
+    AGGREGATE_TYPES,
+    Aggregate,
+    AggregateKey,
+    AggregateKind,
+    ModelState,
+    NetworkState,
+    NodeState,
+    PlanState,
+    RequestState,
+    RequestStatus,
+    aggregate_of,
+    apply,
+)
+
+_UINT256_DIGITS: Final = 78
+_SQLITE_BUSY_TIMEOUT_S: Final = 10.0
+_POSTGRESQL_WRITER_LOCK: Final = 0x6273_6E73  # "bsns"
+_MIGRATIONS: Final = Path(__file__).resolve().parent.parent / "migrations"
+# Blocks without events are only needed to find a common ancestor; older ones are dropped this many at a time.
+_PRUNE_EVERY_BLOCKS: Final = 512
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+_deployment = Table(
+    "deployment",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("chain_id", BigInteger, nullable=False),
+    Column("document", Text, nullable=False),
+    Column("cursor_number", BigInteger),
+    Column("cursor_hash", String(66)),
+)
+_blocks = Table(
+    "blocks",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("hash", String(66), nullable=False, unique=True),
+    Column("parent_hash", String(66), nullable=False),
+    Column("timestamp", BigInteger, nullable=False),
+)
+_events = Table(
+    "events",
+    metadata,
+    Column("block_hash", String(66), primary_key=True),
+    Column("log_index", Integer, primary_key=True, autoincrement=False),
+    Column("block_number", BigInteger, nullable=False, index=True),
+    Column("transaction_hash", String(66), nullable=False),
+    Column("contract", String(32), nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("aggregate_kind", String(16), nullable=False),
+    Column("aggregate_key", String(66), nullable=False),
+    Column("arguments", Text, nullable=False),
+    Index("ix_events_aggregate", "aggregate_kind", "aggregate_key", "block_number", "log_index"),
+)
+_nodes = Table(
+    "nodes",
+    metadata,
+    Column("key", String(66), primary_key=True),
+    Column("operator", String(42), index=True),
+    Column("staked", String(_UINT256_DIGITS), nullable=False),
+    Column("document", Text, nullable=False),
+)
+_models = Table(
+    "models",
+    metadata,
+    Column("key", String(66), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("document", Text, nullable=False),
+)
+_plans = Table(
+    "plans",
+    metadata,
+    Column("key", String(66), primary_key=True),
+    Column("model_id", String(66), nullable=False),
+    Column("publisher", String(42), nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("document", Text, nullable=False),
+    Index("ix_plans_model_publisher", "model_id", "publisher", "epoch"),
+)
+_requests = Table(
+    "requests",
+    metadata,
+    Column("key", String(66), primary_key=True),
+    Column("requester", String(42), nullable=False, index=True),
+    Column("plan_id", String(66), nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("opened_block", BigInteger, nullable=False),
+    Column("deposit", String(_UINT256_DIGITS), nullable=False),
+    Column("document", Text, nullable=False),
+    Index("ix_requests_status", "status", "opened_block"),
+)
+_accounts = Table(
+    "accounts",
+    metadata,
+    Column("key", String(66), primary_key=True),
+    Column("document", Text, nullable=False),
+)
+_measurements = Table(
+    "measurements",
+    metadata,
+    Column("model_id", String(66), primary_key=True),
+    Column("node", String(42), primary_key=True),
+    Column("measured_at", BigInteger, nullable=False),
+    Column("message", Text, nullable=False),
+)
+# What each published plan was computed from: anyone may ask for it and recompute the plan.
+_measurement_sets = Table(
+    "measurement_sets",
+    metadata,
+    Column("hash", String(66), primary_key=True),
+    Column("messages", Text, nullable=False),
+)
+_intents = Table(
+    "intents",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("key", String(255), nullable=False, unique=True),
+    Column("sender", String(42), nullable=False),
+    Column("contract", String(32), nullable=False),
+    Column("function", String(64), nullable=False),
+    Column("arguments", Text, nullable=False),
+    Column("value", String(_UINT256_DIGITS), nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("reason", Text),
+    Column("attempts", Integer, nullable=False),
+    Column("next_attempt_at", Float, nullable=False),
+    Column("nonce", BigInteger),
+    Column("transaction_hash", String(66)),
+    Column("mined_block_number", BigInteger, index=True),
+    Column("mined_block_hash", String(66)),
+    Column("succeeded", Integer),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("sender", "nonce"),
+)
+_transactions = Table(
+    "transactions",
+    metadata,
+    Column("hash", String(66), primary_key=True),
+    Column("intent_sequence", Integer, nullable=False, index=True),
+    Column("sender", String(42), nullable=False),
+    Column("nonce", BigInteger, nullable=False),
+    Column("fields", Text, nullable=False),
+    Column("raw", Text, nullable=False),
+    Column("signed_at", Float, nullable=False),
+    Column("broadcast_at", Float),
+    Index("ix_transactions_sender_nonce", "sender", "nonce"),
+)
+_AGGREGATE_TABLES: Final[Mapping[AggregateKind, Table]] = {
+    AggregateKind.NODE: _nodes,
+    AggregateKind.MODEL: _models,
+    AggregateKind.PLAN: _plans,
+    AggregateKind.REQUEST: _requests,
+    AggregateKind.ACCOUNT: _accounts,
+}
+
+
+class StorageError(Exception):
+    """The database refused. Nothing of the transaction was kept; the message says why and what to do."""
+
+
+class StorageUnavailableError(StorageError):
+    """The database cannot be used right now (full disk, lost connection, locked). Trying again later is right."""
+
+
+class WrongDeploymentError(StorageError):
+    """The database belongs to another deployment or chain."""
+
+
+class AnotherWriterError(StorageError):
+    """Another coordinator writes to this database. One must stop: a key has one nonce owner."""
+
+
+class OutdatedSchemaError(StorageError):
+    """The tables are of another release. Run `bsns-coordinator migrate`."""
+
+
+class IntentState(StrEnum):
+    """Life of an intent: wanted → signed → sent → mined → confirmed, or refused. A reorganisation leads back."""
+
+    WANTED = "wanted"
+    SIGNED = "signed"
+    SENT = "sent"
+    MINED = "mined"
+    CONFIRMED = "confirmed"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """A call of a contract that somebody wants to happen once. `key` is what makes it the same intent again."""
+
+    key: str
+    contract: str
+    function: str
+    arguments: tuple[Any, ...]
+    value: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class IntentRecord:
+    """An intent and how far it came. Times are Unix seconds."""
+
+    sequence: int
+    intent: Intent
+    sender: str
+    state: IntentState
+    reason: str | None
+    attempts: int
+    next_attempt_at: float
+    nonce: int | None
+    transaction_hash: bytes | None
+    mined_block_number: int | None
+    mined_block_hash: bytes | None
+    succeeded: bool | None
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SignedTransaction:
+    """A signed transaction of an intent; `fields` is what was signed."""
+
+    hash: bytes
+    nonce: int
+    fields: Mapping[str, Any]
+    raw: bytes
+    signed_at: float
+    broadcast_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """What a reorganisation took back."""
+
+    ancestor: int
+    orphaned_blocks: int
+    orphaned_events: int
+    rebuilt_aggregates: int
+    reopened_intents: int
+
+
+def migrate(url: str, revision: str = "head") -> None:
+    """Bring the tables of the database at `url` to `revision` (up, or down to an older one or "base")."""
+    with _translated():
+        config = _alembic_config(url)
+        engine = _engine(url)
+        try:
+            with engine.connect() as connection:
+                current = MigrationContext.configure(connection).get_current_revision()
+            known = [item.revision for item in ScriptDirectory.from_config(config).walk_revisions()]
+            older = revision == "base" or (
+                revision in known and current in known and known.index(revision) > known.index(current)
+            )
+            (command.downgrade if older else command.upgrade)(config, revision)
+        finally:
+            engine.dispose()
+
+
+class Storage:
+    """The database at `url`. `keep_blocks` is how far back headers without events are kept: at least the deepest
+    reorganisation that is followed.
+    """
+
+    def __init__(self, url: str, *, keep_blocks: int = 1_024) -> None:
+        self._url = url
+        self._keep_blocks = keep_blocks
+        with _translated():
+            self._engine = _engine(url)
+        self._write_lock = threading.RLock()
+        self._writer: Connection | None = None
+        self._lock_file: IO[bytes] | None = None
+
+    def close(self) -> None:
+        """Give connections and the writer lock back."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
+        self._engine.dispose()
+
+    def require_current_schema(self) -> None:
+        """Raise OutdatedSchemaError unless the tables are those of this release."""
+        head = ScriptDirectory.from_config(_alembic_config(self._url)).get_current_head()
+        with self._read() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+        if current != head:
+            raise OutdatedSchemaError(
+                f"the database is at revision {current}, this release needs {head}: run `bsns-coordinator migrate`"
+            )
+
+    def become_writer(self) -> None:
+        """Take the one writer's place until `close` or the end of the process; AnotherWriterError if it is taken."""
+        message = "another coordinator writes to this database: stop it first (one key has one nonce owner)"
+        with _translated():
+            if self._engine.dialect.name == "postgresql":
+                connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+                if not connection.scalar(text("select pg_try_advisory_lock(:key)"), {"key": _POSTGRESQL_WRITER_LOCK}):
+                    connection.close()
+                    raise AnotherWriterError(message)
+                self._writer = connection
+                return
+        path = self._engine.url.database
+        if path and path != ":memory:":
+            lock = Path(f"{path}.writer").open("ab")  # noqa: SIM115 - held until close
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.close()
+                raise AnotherWriterError(message) from error
+            self._lock_file = lock
+
+    def bind(self, deployment: Deployment) -> None:
+        """Tie the database to `deployment`, or check that it is tied to it; WrongDeploymentError otherwise."""
+        document = encode_values(
+            {"chain_id": deployment.chain_id, "first_block": deployment.first_block, **deployment.contracts}
+        )
+        with self._write() as connection:
+            row = connection.execute(select(_deployment)).mappings().first()
+            if row is None:
+                connection.execute(insert(_deployment).values(id=1, chain_id=deployment.chain_id, document=document))
+            elif row["document"] != document:
+                raise WrongDeploymentError(
+                    f"the database belongs to the deployment {row['document']}, not to {document}: "
+                    "give each deployment a database of its own"
+                )
+
+    # -------------------------------------------------------------------------------------------- blocks and events
+
+    def cursor(self) -> Block | None:
+        """The last block that was stored, or None before the first."""
+        with self._read() as connection:
+            row = (
+                connection.execute(select(_blocks).join(_deployment, _deployment.c.cursor_hash == _blocks.c.hash))
+                .mappings()
+                .first()
+            )
+        return None if row is None else _block(row)
+
+    def block_at(self, number: int) -> Block | None:
+        """The stored block of that number, if it was kept."""
+        with self._read() as connection:
+            row = connection.execute(select(_blocks).where(_blocks.c.number == number)).mappings().first()
+        return None if row is None else _block(row)
+
+    def append_block(self, block: Block, events: Sequence[ChainEvent]) -> None:
+        """Store `block`, its events, the aggregates they touch and the cursor, in one transaction.
+
+        StorageError if the block does not follow the cursor; errors of network_state pass through and leave nothing.
+        """
+        touched: dict[AggregateKey, None] = {aggregate_of(item): None for item in events}
+        with self._write() as connection:
+            last = connection.execute(select(_deployment.c.cursor_number, _deployment.c.cursor_hash)).first()
+            if last is None:
+                raise StorageError("the database is not bound to a deployment")
+            if last.cursor_hash is not None and (last.cursor_number + 1, last.cursor_hash) != (
+                block.number,
+                _hex(block.parent_hash),
+            ):
+                raise StorageError(f"block {block.number} does not follow the stored block {last.cursor_number}")
+            connection.execute(
+                insert(_blocks).values(
+                    number=block.number,
+                    hash=_hex(block.hash),
+                    parent_hash=_hex(block.parent_hash),
+                    timestamp=block.timestamp,
+                )
+            )
+            if events:
+                connection.execute(insert(_events), [_event_row(item) for item in events])
+            state = NetworkState(_load_aggregates(connection, touched))
+            for item in events:
+                state = apply(state, item, block)
+            _store_aggregates(connection, state.aggregates)
+            connection.execute(update(_deployment).values(cursor_number=block.number, cursor_hash=_hex(block.hash)))
+            if block.number % _PRUNE_EVERY_BLOCKS == 0:
+                _prune(connection, block.number - self._keep_blocks)
+
+    def roll_back(self, ancestor: int) -> Rollback:
+        """Take back every block above `ancestor`, which must be stored, in one transaction.
+
+        Aggregates touched by orphaned events are folded again from their remaining events; intents whose transaction
+        was mined above the ancestor are open again.
+        """
+        with self._write() as connection:
+            kept = connection.execute(select(_blocks.c.hash).where(_blocks.c.number == ancestor)).first()
+            if kept is None:
+                raise StorageError(f"block {ancestor} is not stored: it cannot be rolled back to")
+            orphaned = connection.execute(delete(_blocks).where(_blocks.c.number > ancestor)).rowcount
+            touched = [
+                (AggregateKind(row.aggregate_kind), row.aggregate_key)
+                for row in connection.execute(
+                    select(_events.c.aggregate_kind, _events.c.aggregate_key)
+                    .where(_events.c.block_number > ancestor)
+                    .distinct()
+                )
+            ]
+            events = connection.execute(delete(_events).where(_events.c.block_number > ancestor)).rowcount
+            for kind, key in touched:
+                history = _history(connection, kind, key)
+                table = _AGGREGATE_TABLES[kind]
+                connection.execute(delete(table).where(table.c.key == key))
+                state = NetworkState()
+                for item, block in history:
+                    state = apply(state, item, block)
+                _store_aggregates(connection, state.aggregates)
+            connection.execute(update(_deployment).values(cursor_number=ancestor, cursor_hash=kept.hash))
+            reopened = connection.execute(
+                update(_intents)
+                .where(_intents.c.mined_block_number > ancestor)
+                .values(
+                    state=IntentState.SENT,
+                    reason=None,
+                    mined_block_number=None,
+                    mined_block_hash=None,
+                    succeeded=None,
+                )
+            ).rowcount
+        return Rollback(ancestor, orphaned, events, len(touched), reopened)
+
+    def history(self) -> list[tuple[ChainEvent, Block]]:
+        """All canonical events in chain order with their blocks."""
+        with self._read() as connection:
+            return _history(connection)
+
+    def network_state(self) -> NetworkState:
+        """All stored aggregates."""
+        found: dict[AggregateKey, Aggregate] = {}
+        with self._read() as connection:
+            for kind, table in _AGGREGATE_TABLES.items():
+                for row in connection.execute(select(table.c.key, table.c.document)):
+                    found[kind, row.key] = decode_record(AGGREGATE_TYPES[kind], row.document)
+        return NetworkState(found)
+
+    # ---------------------------------------------------------------------------------------------------- aggregates
+
+    def nodes(self) -> dict[str, NodeState]:
+        """All node accounts by hot key."""
+        return {item.node: item for item in self._all(_nodes, NodeState)}
+
+    def node(self, address: str) -> NodeState | None:
+        return self._one(_nodes, NodeState, address)
+
+    def model(self, model: ModelId) -> ModelState | None:
+        return self._one(_models, ModelState, _hex(model))
+
+    def plan(self, plan: PlanId) -> PlanState | None:
+        return self._one(_plans, PlanState, _hex(plan))
+
+    def plans(self, model: ModelId | None = None, publisher: str | None = None) -> list[PlanState]:
+        """Plans by epoch, narrowed to a model and a publisher."""
+        query = select(_plans.c.document).order_by(_plans.c.model_id, _plans.c.epoch)
+        if model is not None:
+            query = query.where(_plans.c.model_id == _hex(model))
+        if publisher is not None:
+            query = query.where(_plans.c.publisher == publisher)
+        with self._read() as connection:
+            return [decode_record(PlanState, row.document) for row in connection.execute(query)]
+
+    def request(self, request: RequestId) -> RequestState | None:
+        return self._one(_requests, RequestState, _hex(request))
+
+    def unfinished_requests(self, limit: int) -> list[RequestState]:
+        """Requests that are neither settled nor refunded, oldest first, at most `limit`."""
+        finished = [int(item) for item in RequestStatus if item.is_finished]
+        query = (
+            select(_requests.c.document)
+            .where(_requests.c.status.not_in(finished))
+            .order_by(_requests.c.opened_block, _requests.c.key)
+            .limit(limit)
+        )
+        with self._read() as connection:
+            return [decode_record(RequestState, row.document) for row in connection.execute(query)]
+
+    def request_counts(self) -> dict[RequestStatus, int]:
+        """Number of requests by status."""
+        query = select(_requests.c.status, func.count()).group_by(_requests.c.status)
+        with self._read() as connection:
+            return {RequestStatus(status): count for status, count in connection.execute(query)}
+
+    # -------------------------------------------------------------------------------------------------- measurements
+
+    def keep_measurements(self, measurements: NodeMeasurements, signature: bytes) -> None:
+        """Store a node's latest measurements for a model; older ones than the stored are left out."""
+        values = {
+            "model_id": _hex(measurements.model),
+            "node": measurements.node,
+            "measured_at": measurements.measured_at,
+            "message": measurements.to_message(signature).SerializeToString(deterministic=True).hex(),
+        }
+        same = (_measurements.c.model_id == values["model_id"]) & (_measurements.c.node == values["node"])
+        with self._write() as connection:
+            known = connection.scalar(select(_measurements.c.measured_at).where(same))
+            if known is None:
+                connection.execute(insert(_measurements).values(**values))
+            elif measurements.measured_at >= known:
+                connection.execute(update(_measurements).where(same).values(**values))
+
+    def measurements(self, model: ModelId) -> dict[str, NodeMeasurements]:
+        """The latest measurements for `model` by node."""
+        query = select(_measurements.c.message).where(_measurements.c.model_id == _hex(model))
+        with self._read() as connection:
+            found = [_parse_measurements(row.message)[0] for row in connection.execute(query)]
+        return {item.node: item for item in found}
+
+    def keep_measurement_set(self, measurements: Sequence[NodeMeasurements]) -> bytes:
+        """Store what a plan is computed from; returns its hash (`measurements_hash`)."""
+        digest = measurements_hash(measurements)
+        nodes = [item.node for item in measurements]
+        query = select(_measurements.c.message).where(
+            _measurements.c.model_id == _hex(measurements[0].model), _measurements.c.node.in_(nodes)
+        )
+        with self._write() as connection:
+            messages = sorted(row.message for row in connection.execute(query))
+            if measurements_hash(_parse_measurements(item)[0] for item in messages) != digest:
+                raise StorageError("the measurements changed while a plan was computed from them; plan again")
+            known = connection.scalar(select(_measurement_sets.c.hash).where(_measurement_sets.c.hash == _hex(digest)))
+            if known is None:
+                connection.execute(insert(_measurement_sets).values(hash=_hex(digest), messages=" ".join(messages)))
+        return digest
+
+    def measurement_set(self, digest: bytes) -> list[tuple[NodeMeasurements, bytes]] | None:
+        """What a plan was computed from, with the nodes' signatures."""
+        query = select(_measurement_sets.c.messages).where(_measurement_sets.c.hash == _hex(digest))
+        with self._read() as connection:
+            messages = connection.scalar(query)
+        return None if messages is None else [_parse_measurements(item) for item in messages.split(" ")]
+
+    # ------------------------------------------------------------------------------------------ intents, transactions
+
+    def want_intent(self, intent: Intent, sender: str, now: float) -> bool:
+        """Store `intent` unless its key is known; a refused one whose time has come is wanted again, with the new
+        arguments. Returns whether there is something new to do.
+        """
+        content = {
+            "contract": intent.contract,
+            "function": intent.function,
+            "arguments": encode_values(intent.arguments),
+            "value": uint256_text(intent.value),
+        }
+        with self._write() as connection:
+            known = connection.execute(select(_intents).where(_intents.c.key == intent.key)).mappings().first()
+            if known is None:
+                connection.execute(
+                    insert(_intents).values(
+                        key=intent.key,
+                        sender=sender,
+                        state=IntentState.WANTED,
+                        attempts=0,
+                        next_attempt_at=now,
+                        created_at=now,
+                        **content,
+                    )
+                )
+                return True
+            if known["state"] == IntentState.REFUSED and now >= known["next_attempt_at"]:
+                # The nonce of the refused attempt is spent; its transactions keep it for the record.
+                connection.execute(
+                    update(_intents)
+                    .where(_intents.c.key == intent.key)
+                    .values(
+                        state=IntentState.WANTED,
+                        nonce=None,
+                        transaction_hash=None,
+                        mined_block_number=None,
+                        mined_block_hash=None,
+                        succeeded=None,
+                        **content,
+                    )
+                )
+                return True
+        return False
+
+    def intent(self, key: str) -> IntentRecord | None:
+        with self._read() as connection:
+            row = connection.execute(select(_intents).where(_intents.c.key == key)).mappings().first()
+        return None if row is None else _intent_record(row)
+
+    def intents(self, states: Iterable[IntentState], limit: int, sender: str | None = None) -> list[IntentRecord]:
+        """Intents in any of `states`, those with a nonce first and by nonce, then in the order they were wanted."""
+        query = (
+            select(_intents)
+            .where(_intents.c.state.in_([str(item) for item in states]))
+            .order_by(_intents.c.nonce.is_(None), _intents.c.nonce, _intents.c.sequence)
+            .limit(limit)
+        )
+        if sender is not None:
+            query = query.where(_intents.c.sender == sender)
+        with self._read() as connection:
+            return [_intent_record(row) for row in connection.execute(query).mappings()]
+
+    def intent_counts(self) -> dict[IntentState, int]:
+        query = select(_intents.c.state, func.count()).group_by(_intents.c.state)
+        with self._read() as connection:
+            return {IntentState(state): count for state, count in connection.execute(query)}
+
+    def next_nonce(self, sender: str) -> int:
+        """One more than the largest nonce ever signed for `sender`; 0 if there is none."""
+        with self._read() as connection:
+            largest = connection.scalar(select(func.max(_transactions.c.nonce)).where(_transactions.c.sender == sender))
+        return 0 if largest is None else int(largest) + 1
+
+    def assign_transaction(self, sequence: int, transaction: SignedTransaction) -> None:
+        """Give a wanted intent its nonce and its signed transaction, in one transaction, before any broadcast."""
+        with self._write() as connection:
+            row = connection.execute(select(_intents).where(_intents.c.sequence == sequence)).mappings().one()
+            if row["state"] != IntentState.WANTED:
+                raise StorageError(f"intent {row['key']} is {row['state']}, not wanted: it has its transaction already")
+            connection.execute(
+                update(_intents)
+                .where(_intents.c.sequence == sequence)
+                .values(
+                    state=IntentState.SIGNED,
+                    nonce=transaction.nonce,
+                    transaction_hash=_hex(transaction.hash),
+                    reason=None,
+                )
+            )
+            connection.execute(insert(_transactions).values(**_transaction_row(sequence, row["sender"], transaction)))
+
+    def add_replacement(self, sequence: int, transaction: SignedTransaction) -> None:
+        """Another transaction for the same nonce, with higher fees, before its broadcast."""
+        with self._write() as connection:
+            row = connection.execute(select(_intents).where(_intents.c.sequence == sequence)).mappings().one()
+            if row["nonce"] != transaction.nonce:
+                raise StorageError(f"intent {row['key']} has nonce {row['nonce']}, not {transaction.nonce}")
+            connection.execute(insert(_transactions).values(**_transaction_row(sequence, row["sender"], transaction)))
+            connection.execute(
+                update(_intents)
+                .where(_intents.c.sequence == sequence)
+                .values(state=IntentState.SIGNED, transaction_hash=_hex(transaction.hash))
+            )
+
+    def transactions(self, sequence: int, nonce: int) -> list[SignedTransaction]:
+        """The transactions signed for an intent under `nonce`, oldest first."""
+        query = (
+            select(_transactions)
+            .where(_transactions.c.intent_sequence == sequence, _transactions.c.nonce == nonce)
+            .order_by(_transactions.c.signed_at, _transactions.c.hash)
+        )
+        with self._read() as connection:
+            return [_transaction(row) for row in connection.execute(query).mappings()]
+
+    def mark_sent(self, sequence: int, transaction_hash: bytes, now: float) -> None:
+        with self._write() as connection:
+            connection.execute(
+                update(_transactions).where(_transactions.c.hash == _hex(transaction_hash)).values(broadcast_at=now)
+            )
+            connection.execute(
+                update(_intents)
+                .where(_intents.c.sequence == sequence, _intents.c.state == IntentState.SIGNED)
+                .values(state=IntentState.SENT)
+            )
+
+    def mark_mined(
+        self, sequence: int, transaction_hash: bytes, block_number: int, block_hash: bytes, succeeded: bool
+    ) -> None:
+        self._update_intent(
+            sequence,
+            state=IntentState.MINED,
+            transaction_hash=_hex(transaction_hash),
+            mined_block_number=block_number,
+            mined_block_hash=_hex(block_hash),
+            succeeded=int(succeeded),
+        )
+
+    def mark_unmined(self, sequence: int) -> None:
+        """The receipt is gone (a reorganisation): the transaction must be mined again."""
+        self._update_intent(
+            sequence, state=IntentState.SENT, mined_block_number=None, mined_block_hash=None, succeeded=None
+        )
+
+    def mark_confirmed(self, sequence: int) -> None:
+        self._update_intent(sequence, state=IntentState.CONFIRMED)
+
+    def mark_refused(self, sequence: int, reason: str, attempts: int, next_attempt_at: float) -> None:
+        """The contracts said no. It is tried again only when somebody still wants it after `next_attempt_at`."""
+        self._update_intent(
+            sequence, state=IntentState.REFUSED, reason=reason, attempts=attempts, next_attempt_at=next_attempt_at
+        )
+
+    def mark_nonce_lost(self, sequence: int) -> None:
+        """Another program used the nonce: the intent needs a new one."""
+        self._update_intent(sequence, state=IntentState.WANTED, nonce=None, transaction_hash=None)
+
+    # -------------------------------------------------------------------------------------------------------- inside
+
+    def _update_intent(self, sequence: int, **values: Any) -> None:
+        with self._write() as connection:
+            connection.execute(update(_intents).where(_intents.c.sequence == sequence).values(**values))
+
+    def _all(self, table: Table, kind: type[_A]) -> list[_A]:
+        with self._read() as connection:
+            rows = connection.execute(select(table.c.document).order_by(table.c.key))
+            return [decode_record(kind, row.document) for row in rows]
+
+    def _one(self, table: Table, kind: type[_A], key: str) -> _A | None:
+        with self._read() as connection:
+            document = connection.scalar(select(table.c.document).where(table.c.key == key))
+        return None if document is None else decode_record(kind, document)
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with _translated(), self._engine.connect() as connection:
+            yield connection.execution_options(bsns_read_only=True)
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        with _translated(), self._write_lock, self._engine.begin() as connection:
+            yield connection
+
+
+_A = TypeVar("_A", NodeState, ModelState, PlanState, RequestState)
+
+
+def uint256_text(value: int) -> str:
+    """A uint256 as text that sorts like the number. No numeric column: SQLite would round it."""
+    if not 0 <= value < 2**256:
+        raise ValueError(f"{value} is not a uint256")
+    return str(value).zfill(_UINT256_DIGITS)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        raise StorageUnavailableError(
+            f"the database refused ({error.orig}): check its disk, its server and the URL; nothing was stored"
+        ) from error
+    except (SQLAlchemyError, ArgumentError) as error:
+        raise StorageError(f"the database cannot be used: {error}") from error
+
+
+def migration_engine(url: str) -> Engine:
+    """An engine for `url`, for the plain `alembic` command."""
+    with _translated():
+        return _engine(url)
+
+
+def _engine(url: str) -> Engine:
+    """An engine for `url`; PostgreSQL by psycopg 3, SQLite with WAL and explicit transactions."""
+    parsed = make_url(url)
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() == "postgresql":
+        return create_engine(parsed, pool_pre_ping=True)
+    if parsed.get_backend_name() != "sqlite":
+        raise StorageError(f"{parsed.get_backend_name()} is not supported: give a sqlite:/// or postgresql:// URL")
+    if parsed.database and parsed.database != ":memory:":
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(parsed, connect_args={"timeout": _SQLITE_BUSY_TIMEOUT_S, "check_same_thread": False})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions begin below, not where the driver thinks
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # A deferred transaction that later writes can fail with "database is locked" whatever the timeout.
+        read_only = connection.get_execution_options().get("bsns_read_only", False)
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _alembic_config(url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["engine"] = lambda: _engine(url)
+    config.attributes["metadata"] = metadata
+    return config
+
+
+def _prune(connection: Connection, before: int) -> None:
+    with_events = select(_events.c.block_hash)
+    connection.execute(delete(_blocks).where(_blocks.c.number < before, _blocks.c.hash.not_in(with_events)))
+
+
+def _load_aggregates(connection: Connection, keys: Iterable[AggregateKey]) -> dict[AggregateKey, Aggregate]:
+    found: dict[AggregateKey, Aggregate] = {}
+    for kind, key in keys:
+        table = _AGGREGATE_TABLES[kind]
+        document = connection.scalar(select(table.c.document).where(table.c.key == key))
+        if document is not None:
+            found[kind, key] = decode_record(AGGREGATE_TYPES[kind], document)
+    return found
+
+
+def _store_aggregates(connection: Connection, aggregates: Mapping[AggregateKey, Aggregate]) -> None:
+    for (kind, key), item in aggregates.items():
+        table = _AGGREGATE_TABLES[kind]
+        values = {**_key_columns(item), "document": encode_record(item)}
+        if not connection.execute(update(table).where(table.c.key == key).values(**values)).rowcount:
+            connection.execute(insert(table).values(key=key, **values))
+
+
+def _key_columns(item: Aggregate) -> dict[str, Any]:
+    """The columns of an aggregate that queries use."""
+    match item:
+        case NodeState():
+            return {"operator": item.operator, "staked": uint256_text(item.staked)}
+        case ModelState():
+            return {"name": item.name}
+        case PlanState():
+            return {"model_id": _hex(item.model_id), "publisher": item.publisher, "epoch": item.epoch}
+        case RequestState():
+            return {
+                "requester": item.requester,
+                "plan_id": _hex(item.plan_id),
+                "status": int(item.status),
+                "opened_block": item.opened_block,
+                "deposit": uint256_text(item.deposit),
+            }
+        case _:
+            return {}
+
+
+def _history(
+    connection: Connection, kind: AggregateKind | None = None, key: str | None = None
+) -> list[tuple[ChainEvent, Block]]:
+    query = (
+        select(_events, _blocks.c.parent_hash, _blocks.c.timestamp)
+        .join(_blocks, _blocks.c.hash == _events.c.block_hash)
+        .order_by(_events.c.block_number, _events.c.log_index)
+    )
+    if kind is not None:
+        query = query.where(_events.c.aggregate_kind == str(kind), _events.c.aggregate_key == key)
+    history = []
+    for row in connection.execute(query).mappings():
+        item = ChainEvent(
+            contract=row["contract"],
+            name=row["name"],
+            arguments=decode_values(row["arguments"]),
+            block_number=row["block_number"],
+            block_hash=_bytes(row["block_hash"]),
+            transaction_hash=_bytes(row["transaction_hash"]),
+            log_index=row["log_index"],
+        )
+        block = Block(item.block_number, item.block_hash, _bytes(row["parent_hash"]), row["timestamp"])
+        history.append((item, block))
+    return history
+
+
+def _event_row(item: ChainEvent) -> dict[str, Any]:
+    kind, key = aggregate_of(item)
+    return {
+        "block_hash": _hex(item.block_hash),
+        "log_index": item.log_index,
+        "block_number": item.block_number,
+        "transaction_hash": _hex(item.transaction_hash),
+        "contract": item.contract,
+        "name": item.name,
+        "aggregate_kind": str(kind),
+        "aggregate_key": key,
+        "arguments": encode_values(item.arguments),
+    }
+
+
+def _block(row: RowMapping) -> Block:
+    return Block(row["number"], _bytes(row["hash"]), _bytes(row["parent_hash"]), row["timestamp"])
+
+
+def _intent_record(row: RowMapping) -> IntentRecord:
+    return IntentRecord(
+        sequence=row["sequence"],
+        intent=Intent(row["key"], row["contract"], row["function"], decode_values(row["arguments"]), int(row["value"])),
+        sender=row["sender"],
+        state=IntentState(row["state"]),
+        reason=row["reason"],
+        attempts=row["attempts"],
+        next_attempt_at=row["next_attempt_at"],
+        nonce=row["nonce"],
+        transaction_hash=None if row["transaction_hash"] is None else _bytes(row["transaction_hash"]),
+        mined_block_number=row["mined_block_number"],
+        mined_block_hash=None if row["mined_block_hash"] is None else _bytes(row["mined_block_hash"]),
+        succeeded=None if row["succeeded"] is None else bool(row["succeeded"]),
+        created_at=row["created_at"],
+    )
+
+
+def _transaction_row(sequence: int, sender: str, transaction: SignedTransaction) -> dict[str, Any]:
+    return {
+        "hash": _hex(transaction.hash),
+        "intent_sequence": sequence,
+        "sender": sender,
+        "nonce": transaction.nonce,
+        "fields": encode_values(transaction.fields),
+        "raw": transaction.raw.hex(),
+        "signed_at": transaction.signed_at,
+        "broadcast_at": transaction.broadcast_at,
+    }
+
+
+def _transaction(row: RowMapping) -> SignedTransaction:
+    return SignedTransaction(
+        hash=_bytes(row["hash"]),
+        nonce=row["nonce"],
+        fields=decode_values(row["fields"]),
+        raw=bytes.fromhex(row["raw"]),
+        signed_at=row["signed_at"],
+        broadcast_at=row["broadcast_at"],
+    )
+
+
+def _parse_measurements(message: str) -> tuple[NodeMeasurements, bytes]:
+    parsed = coordination_pb2.Measurements.FromString(bytes.fromhex(message))
+    return NodeMeasurements.from_message(parsed), bytes(parsed.signature)
+
+
+def _hex(value: bytes) -> str:
+    return "0x" + value.hex()
+
+
+def _bytes(value: str) -> bytes:
+    return bytes.fromhex(value[2:])

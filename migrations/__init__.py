@@ -1,0 +1,3 @@
+"""Alembic migrations of the coordinator's database: `bsns-coordinator migrate`. Each goes up and down, with data in
+the tables.
+"""

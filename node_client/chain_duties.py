@@ -1,0 +1,286 @@
+"""What a node owes the chain: commitments of the stages it executed, attestations of the stages it sits on, and the
+reveals of both.
+
+Owns a loop that looks at every new block. Stateless between blocks: which duties are open follows from the chain and
+the evidence store each time, so a node that was killed between two steps goes on where it stopped. Promises that
+nothing is sent that the signing guard has not permitted, that what must be revealed later is on disk before its
+commitment is sent, and that one failing duty delays no other. Does not draw committees, tally or settle: anyone can,
+and the coordinator does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import structlog
+from eth_typing import ChecksumAddress
+
+from bsns.chain.client import Block
+from bsns.chain.errors import ChainError, ChainUnavailableError, ContractError, TransactionTimeoutError
+from bsns.chain.submitter import Submitter
+from bsns.protocol.commitments import sealed_sketch, stage_commitment
+from bsns.protocol.identifiers import ZERO_HASH, RequestId
+from node_client.chain_view import ChainView, Phase, RequestStatus, VerificationView
+from node_client.errors import Refusal, SigningRefusedError, StorageError
+from node_client.evidence_store import EvidenceStore, RecordedStage, StageResult
+from node_client.reexecution import Reexecution
+from node_client.settings import NodeSettings
+from node_client.signing_guard import DutyKind, SigningGuard
+
+log = structlog.get_logger(__name__)
+
+VERIFICATION: Final = "OutputVerification"
+# After these nothing about a request can change, and nobody can ask for its evidence any more.
+_OVER: Final = (RequestStatus.SETTLED, RequestStatus.REFUNDED)
+# Refusals of the contracts that mean "already done", by this process or by one before it.
+_DONE_ERRORS: Final = frozenset({"StageAlreadyCommitted", "AlreadyCommitted", "AlreadyRevealed"})
+# Blocks looked at again on each poll, against reorganisations of the newest ones.
+_OVERLAP_BLOCKS: Final = 12
+
+
+class ChainDuties:
+    """Runs until cancelled."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        node: ChecksumAddress,
+        chain: ChainView,
+        submitter: Submitter,
+        evidence: EvidenceStore,
+        guard: SigningGuard,
+        reexecution: Reexecution,
+        *,
+        start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
+        self._settings, self._node, self._chain, self._submitter = settings, node, chain, submitter
+        self._evidence, self._guard, self._reexecution, self._start = evidence, guard, reexecution, start
+        self._wake = asyncio.Event()
+        self._seen_block: int | None = None
+        # Requests on which a committee was drawn and which are not over; rebuilt from events at the start.
+        self._watched: set[bytes] = set()
+        # (request, what): one task a duty, so that a slow one holds up no other.
+        self._running: dict[tuple[bytes, str], asyncio.Task[None]] = {}
+        # What was last said about a failing duty.
+        self._reported: dict[tuple[bytes, str], str] = {}
+        self.last_head: Block | None = None
+
+    def wake(self) -> None:
+        """Look at once: a stage was sealed."""
+        self._wake.set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a duty is being done."""
+        return bool(self._running)
+
+    async def run(self) -> None:
+        """Poll until cancelled. A chain out of reach is reported once and asked again."""
+        reachable = True
+        self._watched.update(self._evidence.attested_requests())
+        while True:
+            try:
+                await self.tick()
+                if not reachable:
+                    log.info("chain_reachable")
+                reachable = True
+            except ChainUnavailableError as error:
+                if reachable:
+                    log.warning("chain_unavailable", detail=str(error))
+                reachable = False
+            except (ChainError, StorageError) as error:
+                log.error("duties_failed", detail=str(error))
+            try:
+                async with asyncio.timeout(self._settings.chain_poll_seconds):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+
+    async def tick(self) -> None:
+        """Start every duty that is open at the head and not running yet."""
+        head = await self._chain.head(fresh=True)
+        self.last_head = head
+        await self._watch_new(head)
+        for recorded in await asyncio.to_thread(self._evidence.sealed_stages):
+            self._run(recorded.request, f"stage-{recorded.stage}", self._executor_duty(recorded))
+        for request_id in tuple(self._watched):
+            self._run(request_id, "attest", self._member_duty(request_id))
+
+    async def _watch_new(self, head: Block) -> None:
+        """Requests whose committee was drawn or enlarged since the last look."""
+        first = (
+            max(self._chain.deployment.first_block, head.number - self._settings.chain_lookback_blocks)
+            if self._seen_block is None
+            else max(self._chain.deployment.first_block, self._seen_block + 1 - _OVERLAP_BLOCKS)
+        )
+        if self._seen_block == head.number:
+            return
+        for name in ("CommitteeDrawn", "RoundEscalated"):
+            for event in await self._chain.events_since(first, head.number, name):
+                self._watched.add(bytes(event.arguments["requestId"]))
+        self._seen_block = head.number
+
+    def _run(self, request_id: bytes, what: str, duty: Coroutine[Any, Any, None]) -> None:
+        key = (request_id, what)
+        if key in self._running:
+            duty.close()
+            return
+        task = self._start(self._guarded(request_id, what, duty))
+        self._running[key] = task
+        task.add_done_callback(lambda _: self._running.pop(key, None))
+
+    async def _guarded(self, request_id: bytes, what: str, duty: Coroutine[Any, Any, None]) -> None:
+        """A duty that fails is tried again at the next block; its reason is in the log."""
+        try:
+            await duty
+            self._reported.pop((request_id, what), None)
+        except (ChainError, StorageError, SigningRefusedError, Refusal) as error:
+            # Tried at each block: only a new reason is news.
+            detail = str(error)
+            if self._reported.get((request_id, what)) == type(error).__name__:
+                return
+            self._reported[request_id, what] = type(error).__name__
+            postponed = isinstance(error, ChainUnavailableError | TransactionTimeoutError)
+            report = log.warning if postponed else log.error
+            report(
+                "duty_postponed" if postponed else "duty_failed", request_id=request_id.hex(), duty=what, detail=detail
+            )
+
+    # -- the executor
+
+    async def _executor_duty(self, recorded: RecordedStage) -> None:
+        request = await self._chain.request(recorded.request)
+        if request.status in _OVER or (request.status is RequestStatus.ABSENT):
+            # Absent: the block that opened it was reorganised away for good once its deadline is over; then it is
+            # forgotten by age.
+            if request.status in _OVER:
+                await asyncio.to_thread(self._evidence.forget, recorded.request)
+                self._watched.discard(recorded.request)
+            return
+        record = await self._chain.stage_record(recorded.request, recorded.stage)
+        if record.commitment == ZERO_HASH:
+            if request.status is RequestStatus.ROUTED:
+                await self._commit(recorded)
+            return
+        if record.revealed:
+            return
+        verification = await self._chain.verification(recorded.request)
+        first_opening = verification.round == 1 or not verification.sampled
+        head = await self._chain.head()
+        if verification.phase is Phase.REVEALING and first_opening and head.timestamp <= verification.reveal_deadline:
+            result = recorded.result
+            await self._send(
+                recorded.request, "revealStage", recorded.stage,
+                result.evidence_root, result.sketch, result.output_tokens, result.salt,
+            )  # fmt: skip
+
+    async def _commit(self, recorded: RecordedStage) -> None:
+        result = recorded.result
+        commitment = self._commitment(recorded.request, 0, recorded.stage, result)
+        await asyncio.to_thread(
+            self._guard.permit, DutyKind.COMMITMENT, recorded.request, recorded.stage, 0, commitment
+        )
+        await self._send(recorded.request, "commitStage", recorded.stage, commitment)
+
+    # -- the committee member
+
+    async def _member_duty(self, request_id: bytes) -> None:
+        request = await self._chain.request(request_id)
+        verification = await self._chain.verification(request_id)
+        if request.status in _OVER or verification.phase is Phase.FINAL:
+            self._watched.discard(request_id)
+            if not await asyncio.to_thread(self._own_stages, request_id):
+                await asyncio.to_thread(self._evidence.forget, request_id)
+            return
+        if verification.phase is Phase.ATTESTING:
+            await self._attest(request_id, verification)
+        elif verification.phase is Phase.REVEALING and (
+            (await self._chain.head()).timestamp <= verification.reveal_deadline
+        ):
+            await self._reveal(request_id, verification)
+
+    async def _attest(self, request_id: bytes, verification: VerificationView) -> None:
+        """Judge every stage this node sits on, then commit to all of them in one transaction."""
+        seated = []
+        for stage in range(verification.stage_count):
+            if not await self._chain.is_seated(request_id, stage, self._node):
+                continue
+            if not (await self._chain.stage_record(request_id, stage)).disputed:
+                continue
+            commitment, _ = await self._chain.attestation(request_id, verification.round, stage, self._node)
+            if commitment == ZERO_HASH:
+                seated.append(stage)
+        if not seated:
+            return
+        started = await self._chain.head()
+        window = verification.attest_deadline - started.timestamp
+        patience_until = started.timestamp + int(window * self._settings.attestation_give_up_share)
+        loop = asyncio.get_running_loop()
+        local_deadline = loop.time() + window * self._settings.attestation_give_up_share
+
+        def give_up() -> bool:
+            # By both clocks: block time may be moved, and blocks may stop coming.
+            head = self.last_head or started
+            return head.timestamp >= patience_until or loop.time() >= local_deadline
+
+        commitments = {}
+        for stage in seated:
+            result = self._evidence.attestation(request_id, verification.round, stage)
+            if result is None:
+                judged = await self._reexecution.judge(request_id, stage, give_up)
+                result = await asyncio.to_thread(
+                    self._evidence.save_attestation, request_id, verification.round, stage, judged
+                )
+            commitment = self._commitment(request_id, verification.round, stage, result)
+            await asyncio.to_thread(
+                self._guard.permit, DutyKind.ATTESTATION, request_id, stage, verification.round, commitment
+            )
+            commitments[stage] = commitment
+        while commitments:
+            try:
+                await self._send(request_id, "commitAttestations", list(commitments), list(commitments.values()))
+                return
+            except ContractError as error:
+                full = error.arguments.get("stage")
+                if error.name != "CommitteeFull" or full not in commitments:
+                    raise
+                # Others took all seats of that stage; the rest still stands.
+                del commitments[full]
+
+    async def _reveal(self, request_id: bytes, verification: VerificationView) -> None:
+        for stage in range(verification.stage_count):
+            result = self._evidence.attestation(request_id, verification.round, stage)
+            if result is None:
+                continue
+            commitment, revealed = await self._chain.attestation(request_id, verification.round, stage, self._node)
+            if revealed or commitment != self._commitment(request_id, verification.round, stage, result):
+                continue
+            await self._send(
+                request_id, "revealAttestation", stage,
+                result.evidence_root, result.sketch, result.output_tokens, result.salt,
+            )  # fmt: skip
+
+    def _own_stages(self, request_id: bytes) -> bool:
+        return any(item.request == request_id for item in self._evidence.sealed_stages())
+
+    def _commitment(self, request_id: bytes, round_: int, stage: int, result: StageResult) -> bytes:
+        sealed = sealed_sketch(result.sketch, result.salt)
+        return stage_commitment(
+            RequestId(request_id), round_, stage, self._node, result.evidence_root, sealed, result.output_tokens
+        )
+
+    async def _send(self, request_id: bytes, function: str, *arguments: Any) -> None:
+        try:
+            receipt = await self._submitter.submit(
+                VERIFICATION, function, request_id, *arguments, timeout_s=self._settings.transaction_timeout_seconds
+            )
+        except ContractError as error:
+            if error.name not in _DONE_ERRORS:
+                raise
+            return
+        log.info(
+            "duty_done", request_id=request_id.hex(), duty=function, block=receipt.block_number, gas=receipt.gas_used
+        )

@@ -1,0 +1,273 @@
+"""What the node reads from the chain, as frozen values, remembered for one block.
+
+Owns the reads that sessions, duties and verification need, and the search for where other nodes are reached. Promises
+that a remembered answer is never older than the head it was read at, that "not there (yet)" is never remembered, and
+that values are checked for their types. Does not write: see bsns.chain.submitter.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from eth_typing import ChecksumAddress
+
+from bsns.chain.client import Block, ChainClient, ChainEvent
+from bsns.chain.deployment import Deployment
+from bsns.chain.errors import ChainUnavailableError
+from bsns.protocol.identifiers import address
+from bsns.protocol.typed_data import (
+    Domain,
+    assignments_domain,
+    escrow_domain,
+    registry_domain,
+    verification_domain,
+)
+from node_client.settings import split_endpoint
+
+# Bounds memory when a caller asks for many made-up requests within one block.
+_REMEMBERED_LIMIT: Final = 10_000
+# A head older than this is asked for again even if nobody polled.
+_HEAD_SECONDS: Final = 1.0
+
+
+class NodeStatus(enum.IntEnum):
+    """INodeRegistry.NodeStatus."""
+
+    ABSENT = 0
+    PENDING = 1
+    ACTIVE = 2
+    JAILED = 3
+    EXITING = 4
+
+
+class RequestStatus(enum.IntEnum):
+    """IInferenceEscrow.RequestStatus."""
+
+    ABSENT = 0
+    OPEN = 1
+    ROUTED = 2
+    COMMITTED = 3
+    VERIFIED = 4
+    SETTLED = 5
+    EXPIRED = 6
+    REFUNDED = 7
+
+
+class Phase(enum.IntEnum):
+    """IOutputVerification.Phase."""
+
+    COMMITTING = 0
+    AWAITING_DRAW = 1
+    ATTESTING = 2
+    REVEALING = 3
+    CHALLENGEABLE = 4
+    FINAL = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    requester: ChecksumAddress
+    status: RequestStatus
+    stage_count: int
+    deadline: int
+    prompt_tokens: int
+    maximum_tokens: int
+    plan_id: bytes
+    input_commitment: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StageView:
+    node: ChecksumAddress
+    first_unit: int
+    end_unit: int
+    execution_class: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    manifest_hash: bytes
+    weight_root: bytes
+    unit_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationView:
+    phase: Phase
+    round: int
+    stage_count: int
+    sampled: bool
+    attest_deadline: int
+    reveal_deadline: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecordView:
+    commitment: bytes
+    revealed: bool
+    disputed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEndpoint:
+    """Where a node is reached, as it registered it; `certificate_hash` is SHA-256 of its TLS certificate."""
+
+    endpoint: str
+    certificate_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SigningDomains:
+    """The EIP-712 domains of one deployment."""
+
+    registry: Domain
+    assignments: Domain
+    escrow: Domain
+    verification: Domain
+
+    @classmethod
+    def of(cls, deployment: Deployment) -> SigningDomains:
+        chain = deployment.chain_id
+        return cls(
+            registry_domain(chain, deployment.node_registry),
+            assignments_domain(chain, deployment.shard_assignments),
+            escrow_domain(chain, deployment.inference_escrow),
+            verification_domain(chain, deployment.output_verification),
+        )
+
+
+class ChainView:
+    """Reads at the head; every method may raise ChainUnavailableError."""
+
+    def __init__(self, client: ChainClient, deployment: Deployment) -> None:
+        self.client, self.deployment = client, deployment
+        self._head: Block | None = None
+        self._head_read_at = 0.0
+        self._remembered: dict[tuple[object, ...], Any] = {}
+        self._endpoints: dict[str, tuple[int, NodeEndpoint]] = {}
+
+    async def head(self, *, fresh: bool = False) -> Block:
+        """The newest block known; asked for again when `fresh` or older than a second."""
+        if self._head is None or fresh or time.monotonic() - self._head_read_at > _HEAD_SECONDS:
+            head = await self.client.head()
+            if self._head is None or head.hash != self._head.hash:
+                self._remembered.clear()
+            self._head, self._head_read_at = head, time.monotonic()
+        return self._head
+
+    async def request(self, request_id: bytes) -> RequestView:
+        raw = await self._read("InferenceEscrow", "requestOf", request_id)
+        view = _request(raw)
+        if view.status not in (RequestStatus.ROUTED, RequestStatus.SETTLED):
+            # The block that routes it may be newer than what was remembered: look again at what can still change.
+            view = _request(await self._read("InferenceEscrow", "requestOf", request_id, fresh=True))
+        return view
+
+    async def stages(self, request_id: bytes) -> tuple[StageView, ...]:
+        """The route; empty while there is none."""
+        raw = await self._read("InferenceEscrow", "stagesOf", request_id, empty_is_unknown=True)
+        return tuple(
+            StageView(address(item.node), int(item.firstUnit), int(item.endUnit), bytes(item.executionClass))
+            for item in raw
+        )
+
+    async def node_status(self, node: str) -> NodeStatus:
+        status = NodeStatus(await self._read("NodeRegistry", "statusOf", node))
+        if status is not NodeStatus.ACTIVE:
+            status = NodeStatus(await self._read("NodeRegistry", "statusOf", node, fresh=True))
+        return status
+
+    async def model_of_plan(self, plan_id: bytes) -> bytes:
+        """Model id of a plan; 32 zero bytes if there is no such plan."""
+        return bytes((await self._read("ShardAssignments", "planOf", plan_id)).modelId)
+
+    async def model(self, model_id: bytes) -> ModelView:
+        raw = await self._read("ShardAssignments", "modelOf", model_id)
+        return ModelView(bytes(raw.manifestHash), bytes(raw.weightRoot), int(raw.unitCount))
+
+    async def verification(self, request_id: bytes) -> VerificationView:
+        raw = await self.client.call("OutputVerification", "verificationOf", request_id)
+        return VerificationView(
+            Phase(raw.phase),
+            int(raw.round),
+            int(raw.stageCount),
+            bool(raw.sampled),
+            int(raw.attestDeadline),
+            int(raw.revealDeadline),
+        )
+
+    async def stage_record(self, request_id: bytes, stage: int) -> StageRecordView:
+        raw = await self.client.call("OutputVerification", "stageRecordOf", request_id, stage)
+        return StageRecordView(bytes(raw.commitment), bool(raw.revealed), bool(raw.disputed))
+
+    async def attestation(self, request_id: bytes, round_: int, stage: int, node: str) -> tuple[bytes, bool]:
+        """Commitment (zero: none) and whether it was opened."""
+        raw = await self.client.call("OutputVerification", "attestationOf", request_id, round_, stage, node)
+        return bytes(raw.commitment), bool(raw.revealed)
+
+    async def is_seated(self, request_id: bytes, stage: int, node: str) -> bool:
+        return bool(await self._read("OutputVerification", "isSeated", request_id, stage, node))
+
+    async def endpoint(self, node: str, *, fresh: bool = False) -> NodeEndpoint | None:
+        """Where `node` is reached: its last registration or change. None if it never registered."""
+        head = await self.head()
+        known = self._endpoints.get(node)
+        if known is not None and not fresh:
+            return known[1]
+        # What was read up to a block need not be read again.
+        first = known[0] + 1 if known is not None else self.deployment.first_block
+        found: list[ChainEvent] = []
+        for name in ("NodeRegistered", "EndpointChanged"):
+            found += await self.client.events_between(
+                first, head.number, contract="NodeRegistry", name=name, filters={"node": node}
+            )
+        if not found:
+            return known[1] if known is not None else None
+        last = max(found, key=lambda event: (event.block_number, event.log_index)).arguments
+        endpoint = NodeEndpoint(str(last["endpoint"]), bytes(last["certificateHash"]))
+        try:
+            split_endpoint(endpoint.endpoint)
+        except ValueError:
+            return None
+        self._endpoints[node] = (head.number, endpoint)
+        return endpoint
+
+    async def events_since(
+        self, first: int, last: int, name: str, filters: Mapping[str, Any] | None = None
+    ) -> tuple[ChainEvent, ...]:
+        """Events of OutputVerification in blocks [first, last]."""
+        return await self.client.events_between(first, last, contract="OutputVerification", name=name, filters=filters)
+
+    async def _read(
+        self, contract: str, function: str, *arguments: Any, fresh: bool = False, empty_is_unknown: bool = False
+    ) -> Any:
+        head = await self.head()
+        key = (contract, function, *arguments)
+        if not fresh and key in self._remembered:
+            return self._remembered[key]
+        value = await self.client.call(contract, function, *arguments)
+        if self._head is not None and self._head.hash == head.hash and not (empty_is_unknown and not value):
+            if len(self._remembered) >= _REMEMBERED_LIMIT:
+                self._remembered.clear()
+            self._remembered[key] = value
+        return value
+
+
+def _request(raw: Any) -> RequestView:
+    try:
+        return RequestView(
+            address(raw.requester),
+            RequestStatus(raw.status),
+            int(raw.stageCount),
+            int(raw.deadline),
+            int(raw.promptTokens),
+            int(raw.maximumTokens),
+            bytes(raw.planId),
+            bytes(raw.inputCommitment),
+        )
+    except (AttributeError, ValueError) as error:
+        raise ChainUnavailableError(f"the escrow answered something that is no request: {error}") from error

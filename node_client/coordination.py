@@ -1,0 +1,278 @@
+"""The node's side of NodeCoordination: attach to a coordinator, report, consent to plans.
+
+Owns the Attach stream and its reconnecting. Promises that a node consents only to a plan whose root it has computed
+itself, whose units it can run in the promised execution class within its memory, for a fee and a publisher its
+operator accepts; and that a coordinator that is away or misbehaves stops neither sessions nor chain duties. Does not
+follow the coordinator's word on anything the chain can tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import grpc
+import grpc.aio
+import structlog
+
+from bsns.chain.errors import ChainError
+from bsns.chain.signer import Signer
+from bsns.protocol.identifiers import BYTES32, ModelId, ProtocolError, address
+from bsns.protocol.measurements import NodeMeasurements, UnitTiming
+from bsns.protocol.plan import Assignment, ShardPlan, execution_class_id
+from bsns.protocol.typed_data import ATTACH_PROOF, PLAN_CONSENT, signing_digest
+from bsns.runtime.executor import ExecutionError
+from bsns.runtime.profile import PREFILL_TOKENS, RuntimeProfile
+from bsns.v1 import common_pb2, coordination_pb2, coordination_pb2_grpc
+from node_client.chain_view import ChainView, SigningDomains
+from node_client.errors import Refusal, SettingsError
+from node_client.peers import CHANNEL_OPTIONS
+from node_client.session_store import SessionStore
+from node_client.settings import NodeSettings, is_loopback
+from node_client.shard_runtime import ShardRuntime, weight_bytes
+
+log = structlog.get_logger(__name__)
+
+_MAXIMUM_HEARTBEAT_SECONDS: Final = 60.0
+_MINIMUM_HEARTBEAT_SECONDS: Final = 0.05
+_MAXIMUM_MODELS: Final = 64
+_NANOSECONDS: Final = 1_000_000_000
+
+
+class Coordination:
+    """One coordinator; runs until cancelled."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        signer: Signer,
+        domains: SigningDomains,
+        chain: ChainView,
+        runtime: ShardRuntime,
+        sessions: SessionStore,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings, self._signer, self._domains = settings, signer, domains
+        self._chain, self._runtime, self._sessions, self._clock = chain, runtime, sessions, clock
+        self._profiles: dict[bytes, RuntimeProfile] = {}
+        self.attached = False
+
+    async def run(self, coordinator: str) -> None:
+        """Stay attached; reconnect with back-off, for ever."""
+        backoff = self._settings.coordinator_backoff_seconds
+        while True:
+            started = time.monotonic()
+            try:
+                await self._attach(coordinator)
+                reason = "the coordinator closed the stream"
+            except grpc.aio.AioRpcError as error:
+                reason = error.details() or error.code().name
+            except (OSError, TimeoutError, ProtocolError, ChainError, Refusal) as error:
+                reason = str(error) or type(error).__name__
+            self.attached = False
+            if time.monotonic() - started > self._settings.coordinator_backoff_maximum_seconds:
+                backoff = self._settings.coordinator_backoff_seconds
+            log.warning("coordinator_detached", reason=reason, retry_seconds=backoff)
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, self._settings.coordinator_backoff_maximum_seconds)
+
+    async def _attach(self, coordinator: str) -> None:
+        channel = self._channel(coordinator)
+        try:
+            call = cast(Any, coordination_pb2_grpc.NodeCoordinationStub(channel).Attach())
+            outbox: asyncio.Queue[coordination_pb2.AttachRequest] = asyncio.Queue(self._settings.stream_outbox_limit)
+
+            async def write() -> None:
+                while True:
+                    await call.write(await outbox.get())
+
+            tasks = {asyncio.ensure_future(write()), asyncio.ensure_future(self._read(call, outbox))}
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                call.cancel()
+        finally:
+            await channel.close()
+
+    def _channel(self, coordinator: str) -> grpc.aio.Channel:
+        certificate = self._settings.coordinator_certificate
+        if certificate is None:
+            if not is_loopback(coordinator):
+                raise SettingsError(
+                    f"coordinator {coordinator} is not on loopback: give its certificate with coordinator_certificate"
+                )
+            return grpc.aio.insecure_channel(coordinator, options=CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(
+            coordinator, grpc.ssl_channel_credentials(certificate.read_bytes()), options=CHANNEL_OPTIONS
+        )
+
+    async def _read(self, call: Any, outbox: asyncio.Queue[coordination_pb2.AttachRequest]) -> None:
+        """Answer what the coordinator sends, until the stream ends. Work that takes long runs beside the reading."""
+        async with asyncio.TaskGroup() as group:
+            beating: asyncio.Task[None] | None = None
+            while True:
+                message = await call.read()
+                if message is grpc.aio.EOF:
+                    if beating is not None:
+                        beating.cancel()
+                    return
+                match message.WhichOneof("body"):
+                    case "challenge":
+                        await outbox.put(self._hello(message.challenge))
+                    case "welcome":
+                        self.attached = True
+                        log.info("coordinator_attached")
+                        if beating is not None:
+                            beating.cancel()
+                        interval = message.welcome.heartbeat_interval_milliseconds / 1000
+                        beating = group.create_task(self._beat(outbox, interval))
+                        models = [bytes(model) for model in message.welcome.model_ids[:_MAXIMUM_MODELS]]
+                        group.create_task(self._report(outbox, models))
+                    case "offer":
+                        group.create_task(self._answer(outbox, message.offer))
+                    case body:
+                        log.warning("unknown_coordinator_message", body=body)
+
+    def _hello(self, challenge: coordination_pb2.Challenge) -> coordination_pb2.AttachRequest:
+        if len(challenge.nonce) != BYTES32:
+            raise ProtocolError("the coordinator's challenge is not 32 bytes")
+        digest = signing_digest(self._domains.registry, ATTACH_PROOF, (self._signer.address, bytes(challenge.nonce)))
+        return coordination_pb2.AttachRequest(
+            hello=coordination_pb2.Hello(
+                node=bytes.fromhex(self._signer.address[2:]), signature=self._signer.sign_digest(digest)
+            )
+        )
+
+    async def _beat(self, outbox: asyncio.Queue[coordination_pb2.AttachRequest], interval: float) -> None:
+        interval = min(max(interval, _MINIMUM_HEARTBEAT_SECONDS), _MAXIMUM_HEARTBEAT_SECONDS)
+        for sequence in itertools.count():
+            try:
+                head = (await self._chain.head()).number
+            except ChainError:
+                head = 0  # the coordinator sees that this node has lost the chain
+            await outbox.put(
+                coordination_pb2.AttachRequest(
+                    heartbeat=coordination_pb2.Heartbeat(
+                        sequence=sequence,
+                        open_sessions=self._sessions.active,
+                        free_cache_bytes=max(0, self._sessions.free_cache_bytes),
+                        chain_head=head,
+                    )
+                )
+            )
+            await asyncio.sleep(interval)
+
+    async def _report(self, outbox: asyncio.Queue[coordination_pb2.AttachRequest], models: list[bytes]) -> None:
+        """Measurements of each of `models` that is here; the weights are measured once a process."""
+        for model in models:
+            try:
+                profile = await self._profile(ModelId(model))
+            except (Refusal, ExecutionError) as error:
+                log.info("model_not_measured", model=model.hex(), detail=str(error))
+                continue
+            measurements = NodeMeasurements(
+                model=ModelId(model),
+                node=self._signer.address,
+                measured_at=int(self._clock()),
+                execution_class=execution_class_id(profile.execution_class),
+                memory_bytes=self._settings.weight_memory_bytes + self._settings.cache_memory_bytes,
+                unit_timings=tuple(
+                    UnitTiming(
+                        timing.kind,
+                        max(1, round(timing.decode_seconds * _NANOSECONDS)),
+                        max(1, round(timing.prefill_seconds * _NANOSECONDS / PREFILL_TOKENS)),
+                    )
+                    for timing in profile.timings
+                ),
+            )
+            signature = self._signer.sign_digest(measurements.signing_digest(self._domains.assignments))
+            await outbox.put(coordination_pb2.AttachRequest(measurements=measurements.to_message(signature)))
+
+    async def _profile(self, model: ModelId) -> RuntimeProfile:
+        if model not in self._profiles:
+            self._profiles[model] = await self._runtime.measure(model, self._settings.profile_seconds)
+        return self._profiles[model]
+
+    async def _answer(
+        self, outbox: asyncio.Queue[coordination_pb2.AttachRequest], offer: coordination_pb2.PlanOffer
+    ) -> None:
+        consent = coordination_pb2.PlanConsent(model_id=offer.model_id, epoch=offer.epoch)
+        try:
+            consent = await self.consider(offer)
+            log.info("plan_consented", epoch=offer.epoch, root=consent.plan_root.hex())
+        except (Refusal, ProtocolError, ChainError, PlanRefusedError, OverflowError) as error:
+            consent.refusal = str(error)[:512]
+            log.warning("plan_refused", epoch=offer.epoch, refusal=consent.refusal)
+        await outbox.put(coordination_pb2.AttachRequest(consent=consent))
+
+    async def consider(self, offer: coordination_pb2.PlanOffer) -> coordination_pb2.PlanConsent:
+        """A signed consent, or PlanRefusedError, Refusal or ProtocolError with the reason."""
+        if len(offer.model_id) != BYTES32 or len(offer.measurements_hash) != BYTES32 or len(offer.fee_per_token) > 16:
+            raise PlanRefusedError("the offer is malformed")
+        model, publisher = ModelId(bytes(offer.model_id)), address(bytes(offer.publisher))
+        trusted = {address(item) for item in self._settings.trusted_publishers}
+        if trusted and publisher not in trusted:
+            raise PlanRefusedError(f"publisher {publisher} is not among the trusted ones")
+        fee = int.from_bytes(offer.fee_per_token, "big")
+        if fee < self._settings.minimum_fee_per_token_wei:
+            raise PlanRefusedError(f"{fee} wei per token is less than {self._settings.minimum_fee_per_token_wei}")
+        # Compared with the later of both clocks: the consent is checked against block time.
+        now = max(int(self._clock()), (await self._chain.head()).timestamp)
+        if not now <= offer.consent_deadline <= now + self._settings.maximum_consent_lifetime_seconds:
+            raise PlanRefusedError(
+                f"the consent deadline is not within {self._settings.maximum_consent_lifetime_seconds} s"
+            )
+        expected = int(await self._chain.client.call("ShardAssignments", "nextEpoch", model, publisher))
+        if offer.epoch != expected:
+            raise PlanRefusedError(f"the next epoch on chain is {expected}, the offer is for {offer.epoch}")
+        store = self._runtime.store(model)
+        plan = ShardPlan(len(store.manifest.units), tuple(_assignment(item) for item in offer.assignments))
+        own = [item for item in plan.assignments if item.node == self._signer.address]
+        if not own:
+            raise PlanRefusedError("the plan gives this node nothing to do")
+        needed = sum(weight_bytes(store.manifest, item.first_unit, item.end_unit) for item in own)
+        if needed > self._settings.weight_memory_bytes:
+            raise PlanRefusedError(
+                f"the units take {needed} bytes, weight_memory_bytes is {self._settings.weight_memory_bytes}"
+            )
+        for item in own:
+            # Loads and checks the weights now: a plan in effect must find them here.
+            executor = await self._runtime.executor(model, item.first_unit, item.end_unit)
+            self._runtime.release(model, item.first_unit, item.end_unit)
+            if execution_class_id(executor.execution_class) != item.execution_class:
+                raise PlanRefusedError(f"the plan asks for another execution class than {executor.execution_class}")
+        digest = signing_digest(
+            self._domains.assignments,
+            PLAN_CONSENT,
+            (model, publisher, offer.epoch, fee, bytes(offer.measurements_hash), plan.root, offer.consent_deadline),
+        )
+        return coordination_pb2.PlanConsent(
+            model_id=model, epoch=offer.epoch, plan_root=plan.root, signature=self._signer.sign_digest(digest)
+        )
+
+
+class PlanRefusedError(Exception):
+    """This node does not consent to a plan. The message goes to the coordinator."""
+
+
+def _assignment(message: common_pb2.Assignment) -> Assignment:
+    if len(message.execution_class) != BYTES32:
+        raise ProtocolError("an execution class is 32 bytes")
+    return Assignment(
+        message.stage,
+        message.replica,
+        message.first_unit,
+        message.end_unit,
+        address(bytes(message.node)),
+        message.work_weight,
+        bytes(message.execution_class),
+    )

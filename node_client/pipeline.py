@@ -1,0 +1,975 @@
+"""The ring of a request: steps come in, are executed, recorded, signed for and handed on.
+
+Owns what happens to each message of a Forward stream. Every session has a task of its own that takes its messages in
+order. Promises: a step is executed at most once and answered whenever it is repeated; a frame is taken only from the
+node that the chain put before this stage (or, for the prompt, from whoever knows it); output leaves before it is
+sketched, signed and written, which happens in order in a second thread; a stage is sealed on disk before its
+commitment can be sent; a session that fails tells its requester through the stages before it, frees its cache and
+touches no other. Does not decide who may open a session (node_client.session_store).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import structlog
+from eth_typing import ChecksumAddress
+
+from bsns.chain.errors import ChainError
+from bsns.chain.signer import Signer
+from bsns.protocol.commitments import extend_chain
+from bsns.protocol.identifiers import BYTES32, ZERO_HASH
+from bsns.protocol.sketch import SketchError
+from bsns.protocol.typed_data import HAND_OVER, is_signed_by, signing_digest
+from bsns.v1 import common_pb2, execution_pb2
+from node_client.chain_view import ChainView, SigningDomains
+from node_client.errors import ErrorReason, Refusal, SigningRefusedError, StorageError, StorageFullError
+from node_client.evidence_store import EvidenceStore, StageResult, Statement
+from node_client.peers import PeerPool
+from node_client.session_store import Session, SessionState, SessionStore
+from node_client.settings import MAXIMUM_FRAME_BYTES, NodeSettings
+from node_client.shard_runtime import Rows, ShardRuntime, input_encoding
+from node_client.signing_guard import DutyKind, SigningGuard
+
+# Room for the fields around a payload within a frame of 1 MiB.
+_PAYLOAD_BYTES: Final = MAXIMUM_FRAME_BYTES - 1024
+# Tensors up to this size are hashed on the event loop (about a millisecond); larger ones in the recording thread.
+_HASH_INLINE_BYTES: Final = MAXIMUM_FRAME_BYTES
+# Partly received tensors one stream may leave open.
+_MAXIMUM_PARTIAL: Final = 64
+
+log = structlog.get_logger(__name__)
+
+
+class ForwardStream:
+    """The answering side of one incoming Forward stream. `caller` is the node that proved itself, if one did."""
+
+    def __init__(self, caller: ChecksumAddress | None, limit: int) -> None:
+        self.caller = caller
+        # None: nothing follows.
+        self.outbox: asyncio.Queue[execution_pb2.ForwardResponse | None] = asyncio.Queue(limit)
+        self.closed = asyncio.Event()
+        self._reading_ended = False
+        # Sessions whose requester this is; the stream stays open for them after the requester finished writing.
+        self.attached: set[Session] = set()
+        self.partial: dict[tuple[bytes, int], _PartialTensor] = {}
+
+    def send(self, message: execution_pb2.ForwardResponse) -> None:
+        """Queue an answer. A reader who does not take its answers loses the stream."""
+        if self.closed.is_set():
+            return
+        try:
+            self.outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            self.closed.set()
+
+    def detach(self, session: Session) -> None:
+        """The session has nothing more to say here."""
+        self.attached.discard(session)
+        self._end_if_idle()
+
+    def end_reading(self) -> None:
+        """The other side sends nothing more; what it waits for is still answered."""
+        self._reading_ended = True
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        if self._reading_ended and not self.attached and not self.closed.is_set():
+            try:
+                self.outbox.put_nowait(None)
+            except asyncio.QueueFull:
+                self.closed.set()
+
+    def reject(self, request_id: bytes, stage: int, step: int, refusal: Refusal) -> None:
+        self.send(
+            execution_pb2.ForwardResponse(
+                rejected=execution_pb2.StepRejected(
+                    request_id=request_id, stage=stage, step=step, reason=refusal.reason, detail=refusal.detail
+                )
+            )
+        )
+
+
+class _LocalStream(ForwardStream):
+    """The answers of a stage to another stage of the same node."""
+
+    def __init__(self, caller: ChecksumAddress, deliver: Callable[[execution_pb2.ForwardResponse], None]) -> None:
+        super().__init__(caller, 1)
+        self._deliver = deliver
+
+    def send(self, message: execution_pb2.ForwardResponse) -> None:
+        self._deliver(message)
+
+
+@dataclass
+class _PartialTensor:
+    first: execution_pb2.StepFrame
+    expected_bytes: int
+    next_frame: int = 0
+    data: bytearray = field(default_factory=bytearray)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    stream: ForwardStream
+    step: int
+    position: int
+    data: bytes
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _StatementReceived:
+    stream: ForwardStream | None
+    statement: common_pb2.SignedHandOver
+
+
+@dataclass(frozen=True, slots=True)
+class _EndReceived:
+    stream: ForwardStream
+    end: execution_pb2.EndOfSession
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    """The requester asked for the end; `done` gets the number of steps."""
+
+    done: asyncio.Future[int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    refusal: Refusal
+    stage: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _RequesterGone:
+    stream: ForwardStream
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What the recording thread did for one step: statements that were signed, if any."""
+
+    step: int
+    receipt: common_pb2.SignedHandOver | None
+    sent: common_pb2.SignedHandOver | None
+
+
+class Pipeline:
+    """Runs all sessions of the node."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        signer: Signer,
+        domains: SigningDomains,
+        chain: ChainView,
+        sessions: SessionStore,
+        runtime: ShardRuntime,
+        evidence: EvidenceStore,
+        guard: SigningGuard,
+        *,
+        start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        on_sealed: Callable[[], None],
+    ) -> None:
+        self._settings, self._signer, self._domains = settings, signer, domains
+        self._sessions, self._runtime, self._evidence, self._guard = sessions, runtime, evidence, guard
+        self._start, self._on_sealed = start, on_sealed
+        self._recorder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bsns-recording")
+        self.peers = PeerPool(
+            settings,
+            signer,
+            domains.registry,
+            chain,
+            on_response=self.receive_response,
+            on_reconnect=self._repeat_to,
+            on_failed=self._peer_failed,
+            start=start,
+        )
+        self._local = _LocalStream(signer.address, lambda message: self.receive_response(signer.address, message))
+
+    def close(self) -> None:
+        self.peers.abort()
+        self._recorder.shutdown(wait=True)
+
+    # -- what the servicer calls
+
+    def begin(self, session: Session) -> None:
+        """Start the task of a new session."""
+        self._start(self._run(session))
+
+    async def cancel(self, session: Session) -> int:
+        """End a session of stage 0 after the steps it forwarded; returns their number."""
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        try:
+            session.inbox.put_nowait(_Cancel(done))
+        except asyncio.QueueFull:
+            raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "the session is busy; close it again") from None
+        return await done
+
+    def receive(self, stream: ForwardStream, message: execution_pb2.ForwardRequest) -> None:
+        """Take one message of a stream. Whatever is wrong with it is answered on the stream; nothing is raised."""
+        match message.WhichOneof("body"):
+            case "frame":
+                frame = message.frame
+                self._guarded(
+                    stream, frame.request_id, frame.stage, frame.step, lambda: self._take_frame(stream, frame)
+                )
+            case "statement":
+                statement = message.statement
+                self._guarded(
+                    stream, statement.request_id, statement.stage, statement.step,
+                    lambda: self._take_statement(stream, statement),
+                )  # fmt: skip
+            case "end":
+                end = message.end
+                self._guarded(stream, end.request_id, end.stage, end.steps, lambda: self._take_end(stream, end))
+            case _:
+                refusal = Refusal(
+                    ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, "a ForwardRequest holds a frame, a statement or an end"
+                )
+                stream.reject(b"", 0, 0, refusal)
+
+    def stream_closed(self, stream: ForwardStream) -> None:
+        """The other side is gone."""
+        stream.closed.set()
+        stream.partial.clear()
+        for session in tuple(stream.attached):
+            self._post(session, _RequesterGone(stream))
+
+    def receive_response(self, node: ChecksumAddress, message: execution_pb2.ForwardResponse) -> None:
+        """Take one answer of a successor."""
+        match message.WhichOneof("body"):
+            case "receipt":
+                for session in self._sessions.of_request(message.receipt.request_id):
+                    if session.successor_stage == message.receipt.stage and session.successor == node:
+                        self._post(session, _StatementReceived(None, message.receipt))
+            case "rejected":
+                rejected = message.rejected
+                refusal = Refusal(rejected.reason, rejected.detail[:512])
+                for session in self._sessions.of_request(rejected.request_id):
+                    # A rejection travels back along the route; stage 0 is where it ends.
+                    if session.successor == node and not (session.is_last and rejected.stage > 0):
+                        self._post(session, _Failed(refusal, rejected.stage))
+            case _:
+                log.warning("unexpected_answer", peer=node, body=message.WhichOneof("body"))
+
+    # -- intake, on the event loop
+
+    def _guarded(
+        self, stream: ForwardStream, request_id: bytes, stage: int, step: int, action: Callable[[], None]
+    ) -> None:
+        try:
+            action()
+        except Refusal as refusal:
+            stream.partial.pop((request_id, stage), None)
+            stream.reject(request_id, stage, step, refusal)
+
+    def _post(self, session: Session, item: object) -> None:
+        """Put into a session's inbox what must not be lost for want of room: the session fails then."""
+        try:
+            session.inbox.put_nowait(item)
+        except asyncio.QueueFull:
+            self._fail(
+                session, Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "too many messages wait for the session")
+            )
+
+    def _take_frame(self, stream: ForwardStream, frame: execution_pb2.StepFrame) -> None:
+        session = self._sessions.require(frame.request_id, frame.stage)
+        key = session.key
+        self._check_sender(stream, session, frame.step)
+        if len(frame.payload) > MAXIMUM_FRAME_BYTES:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_MESSAGE_TOO_LARGE,
+                f"a frame holds at most {MAXIMUM_FRAME_BYTES} bytes; send more frames",
+            )
+        if frame.frame_index == 0:
+            if len(stream.partial) >= _MAXIMUM_PARTIAL and key not in stream.partial:
+                raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "too many tensors are open on one stream")
+            stream.partial[key] = _PartialTensor(frame, self._checked_size(session, frame))
+        partial = stream.partial.get(key)
+        if partial is None or partial.next_frame != frame.frame_index or partial.first.step != frame.step:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
+                f"frame {frame.frame_index} of step {frame.step} is out of order; send the step again",
+            )
+        if frame.frame_count != partial.first.frame_count:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, "the frames of a step do not agree on their number"
+            )
+        if len(partial.data) + len(frame.payload) > partial.expected_bytes:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
+                f"more than the {partial.expected_bytes} bytes that {partial.first.rows} rows take",
+            )
+        partial.data += frame.payload
+        partial.next_frame += 1
+        if partial.next_frame < partial.first.frame_count:
+            return
+        del stream.partial[key]
+        if len(partial.data) != partial.expected_bytes:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
+                f"{len(partial.data)} bytes received, {partial.first.rows} rows take {partial.expected_bytes}",
+            )
+        data = bytes(partial.data)
+        digest = bytes(partial.first.digest)
+        if len(data) <= _HASH_INLINE_BYTES and hashlib.sha256(data).digest() != digest:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_DIGEST_MISMATCH,
+                "the bytes received do not have the digest announced; send the step again",
+            )
+        try:
+            session.inbox.put_nowait(_Step(stream, frame.step, partial.first.position, data, digest))
+        except asyncio.QueueFull:
+            raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "too many steps wait for the session") from None
+        if session.stage == 0 and frame.step == 0:
+            # From here on, so that a requester may end its side of the stream right after the prompt.
+            stream.attached.add(session)
+
+    def _check_sender(self, stream: ForwardStream, session: Session, step: int) -> None:
+        if session.stage == 0 and step == 0:
+            return  # whoever knows the prompt that the commitment hides; its digest is compared
+        if stream.caller != session.predecessor:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_SIGNATURE_INVALID,
+                f"this comes from stage {session.predecessor_stage} only: node {session.predecessor}, with its "
+                "peer proof",
+            )
+
+    @staticmethod
+    def _checked_size(session: Session, frame: execution_pb2.StepFrame) -> int:
+        """Bytes of the whole tensor, from what the session expects and not from what the frame says."""
+        if frame.step > session.opening.sampling.maximum_tokens:
+            raise Refusal(ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER, "the step lies beyond the tokens that were paid")
+        if frame.encoding != int(input_encoding(session.executor.first_unit)):
+            raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, "this stage takes another encoding")
+        rows = session.rows_of(frame.step)
+        if frame.rows != rows:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_MALFORMED_TENSOR, f"step {frame.step} has {rows} rows, {frame.rows} announced"
+            )
+        if frame.position != session.position_of(frame.step):
+            raise Refusal(
+                ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
+                f"step {frame.step} begins at position {session.position_of(frame.step)}, {frame.position} announced",
+            )
+        if len(frame.digest) != BYTES32:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, "the first frame of a step carries its digest, 32 bytes"
+            )
+        expected = session.input_bytes_of(frame.step)
+        # An honest sender fills its frames; this leaves room for any other sensible size.
+        if not 1 <= frame.frame_count <= max(1, expected // 4096 + 1):
+            raise Refusal(
+                ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, f"{frame.frame_count} frames for {expected} bytes"
+            )
+        return expected
+
+    def _take_statement(self, stream: ForwardStream, statement: common_pb2.SignedHandOver) -> None:
+        if not statement.sent:
+            raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, "a sender states what it sent")
+        for session in self._sessions.of_request(statement.request_id):
+            if session.predecessor_stage == statement.stage and session.predecessor == stream.caller:
+                self._post(session, _StatementReceived(stream, statement))
+                return
+        raise Refusal(
+            ErrorReason.ERROR_REASON_UNKNOWN_SESSION, "there is no session that this statement could be about"
+        )
+
+    def _take_end(self, stream: ForwardStream, end: execution_pb2.EndOfSession) -> None:
+        session = self._sessions.require(end.request_id, end.stage)
+        if stream.caller != session.predecessor:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_SIGNATURE_INVALID,
+                f"only stage {session.predecessor_stage} can end this session",
+            )
+        self._post(session, _EndReceived(stream, end))
+
+    # -- one session
+
+    async def _run(self, session: Session) -> None:
+        """Take the session's messages in order until it has ended and lingered, failed, or made no progress for too
+        long.
+        """
+        logger = log.bind(request_id=session.request_id.hex(), stage=session.stage)
+        logger.info("session_opened", prompt_tokens=session.opening.prompt_tokens)
+        detached = False
+        try:
+            while session.state is not SessionState.FAILED:
+                limit = self._settings.session_idle_seconds
+                if session.state is SessionState.SEALED:
+                    limit = self._settings.session_linger_seconds
+                elif detached:
+                    limit = self._settings.requester_reconnect_seconds
+                try:
+                    async with asyncio.timeout(limit):
+                        item = await session.inbox.get()
+                except TimeoutError:
+                    if session.state is SessionState.SEALED:
+                        return
+                    if detached:
+                        detached = False
+                        await self._end_here(session, common_pb2.FINISH_REASON_CANCELLED)
+                        continue
+                    self._fail(
+                        session,
+                        Refusal(
+                            ErrorReason.ERROR_REASON_PEER_UNAVAILABLE, f"the session made no progress for {limit:.0f} s"
+                        ),
+                    )
+                    return
+                await self._handle(session, item)
+                detached = session.stage == 0 and session.upstream is None and session.next_step > 0
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # a session must not take the node down; the log has the trace
+            logger.exception("session_broke")
+            self._fail(session, Refusal(ErrorReason.ERROR_REASON_INTERNAL, f"the stage failed: {type(error).__name__}"))
+        finally:
+            await asyncio.shield(self._finish(session))
+            logger.info("session_closed", steps=session.next_step, state=session.state.value)
+
+    async def _finish(self, session: Session) -> None:
+        await asyncio.gather(*session.recordings, return_exceptions=True)
+        if session.state is not SessionState.SEALED:
+            try:
+                await self._in_recorder(lambda: self._evidence.discard(session.request_id, session.stage))
+            except StorageError:
+                log.exception("evidence_not_discarded", request_id=session.request_id.hex())
+        if session.upstream is not None:
+            session.upstream.detach(session)
+        self._sessions.remove(session)
+        while not session.inbox.empty():
+            item = session.inbox.get_nowait()
+            if isinstance(item, _Cancel) and item.done is not None and not item.done.done():
+                item.done.set_result(session.next_step)
+
+    async def _handle(self, session: Session, item: object) -> None:
+        match item:
+            case _Step():
+                try:
+                    await self._handle_step(session, item)
+                except Refusal as refusal:
+                    # The sender's fault or ours: the step was not executed, and the sender must know.
+                    item.stream.reject(session.request_id, session.stage, item.step, refusal)
+                    if session.upstream is not item.stream:
+                        item.stream.detach(session)
+                    if refusal.reason == ErrorReason.ERROR_REASON_INTERNAL:
+                        self._fail(session, refusal)
+            case _StatementReceived():
+                await self._handle_statement(session, item)
+            case _EndReceived():
+                try:
+                    await self._handle_end(session, item)
+                except Refusal as refusal:
+                    item.stream.reject(session.request_id, session.stage, item.end.steps, refusal)
+            case _Cancel():
+                await self._handle_cancel(session, item)
+            case _RequesterGone():
+                if session.upstream is item.stream:
+                    item.stream.detach(session)
+                    session.upstream = None
+            case _Failed():
+                self._fail(session, item.refusal, item.stage)
+            case _:
+                raise AssertionError(f"unknown item {item!r}")
+
+    async def _handle_step(self, session: Session, step: _Step) -> None:
+        if len(step.data) > _HASH_INLINE_BYTES:
+            actual = await self._in_recorder(lambda: hashlib.sha256(step.data).digest())
+            if actual != step.digest:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_DIGEST_MISMATCH, "the bytes received do not have the digest announced"
+                )
+        if session.stage == 0 and step.step == 0:
+            if step.digest != session.opening.prompt_digest:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_INPUT_COMMITMENT_MISMATCH, "this is not the prompt of the request"
+                )
+            self._attach(session, step.stream)
+        if session.stage == 0 and step.step > 0:
+            await self._take_token(session, step)
+            return
+        if step.step < session.next_step:
+            self._answer_again(session, step)
+            return
+        if step.step > session.next_step:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
+                f"step {session.next_step} comes next, step {step.step} was sent",
+            )
+        if session.state is not SessionState.ACTIVE or (
+            session.end_steps is not None and step.step >= session.end_steps
+        ):
+            raise Refusal(ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER, "the session has ended")
+        if session.stage > 0:
+            session.upstream = step.stream
+        await self._execute(session, step.data, step.digest)
+
+    def _attach(self, session: Session, stream: ForwardStream) -> None:
+        """The requester is on this stream from now on."""
+        if session.upstream is stream:
+            return
+        if session.upstream is not None:
+            session.upstream.detach(session)
+        session.upstream = stream
+        stream.attached.add(session)
+
+    def _answer_again(self, session: Session, step: _Step) -> None:
+        """A step that was executed before: the same bytes get the same answer, other bytes get none."""
+        if session.input_digests[step.step] != step.digest:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_DIGEST_MISMATCH,
+                f"step {step.step} was executed with other bytes; a step has one input",
+            )
+        if session.stage > 0:
+            session.upstream = step.stream
+        receipt = session.receipts.get(step.step)
+        if receipt is not None:
+            step.stream.send(execution_pb2.ForwardResponse(receipt=receipt))
+        if session.stage == 0:
+            for number, token in enumerate(session.tokens):
+                step.stream.send(_output_token(session, number, token))
+            if session.ended_message is not None:
+                self._send_ended(session)
+            elif session.held is not None:
+                held, session.held = session.held, None
+                self._post(session, _Step(self._local, session.next_step, 0, held, hashlib.sha256(held).digest()))
+        elif step.step == session.next_step - 1:
+            self._repeat_output(session)
+
+    async def _take_token(self, session: Session, step: _Step) -> None:
+        """Stage 0: the last stage drew a token; relay it, and execute it unless it is the last."""
+        if step.step < session.next_step:
+            if session.input_digests[step.step] != step.digest:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_DIGEST_MISMATCH,
+                    f"token {step.step - 1} was another one; a step has one output",
+                )
+            return
+        if step.step > session.next_step:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
+                f"step {session.next_step} comes next, step {step.step} was sent",
+            )
+        token = int.from_bytes(step.data, "little")
+        if token >= session.manifest.vocabulary_size:
+            raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, "the token lies outside the vocabulary")
+        if step.stream is not self._local or session.ring is None:
+            session.ring = step.stream
+        if len(session.tokens) == step.step:
+            if session.tokens[-1] != token:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_DIGEST_MISMATCH,
+                    f"token {step.step - 1} was another one; a step has one output",
+                )
+        else:
+            session.tokens.append(token)
+            if session.upstream is not None:
+                session.upstream.send(_output_token(session, step.step - 1, token))
+        if session.state is not SessionState.ACTIVE or session.is_final(token, len(session.tokens)):
+            return
+        if session.end_steps is not None and step.step >= session.end_steps:
+            return
+        if session.upstream is None:
+            session.held = step.data
+            return
+        await self._execute(session, step.data, step.digest)
+
+    async def _execute(self, session: Session, data: bytes, digest: bytes) -> None:
+        """Run the next step, hand its output on, and leave the rest to the recording thread."""
+        number, rows = session.next_step, session.rows_of(session.next_step)
+        assert session.cache is not None, "an active session has a cache"
+        output = await self._runtime.step(
+            session.executor,
+            session.cache,
+            data,
+            rows=rows,
+            position=session.position,
+            step=number,
+            sampling=session.opening.sampling,
+        )
+        output_digest = hashlib.sha256(output.payload).digest()
+        session.input_digests.append(digest)
+        session.next_step += 1
+        session.position += rows
+        self._hand_on(session, number, output.payload, output_digest)
+        await self._await_recordings(session)
+        # Submitted before anything else can be: statements about this step are checked after it.
+        recording = asyncio.get_running_loop().run_in_executor(
+            self._recorder,
+            lambda: self._record(session, number, rows, data, digest, output_digest, output.sketched),
+        )
+        session.recordings.append(recording)
+        recording.add_done_callback(lambda done: self._recorded(session, done))
+        if output.token is not None and session.is_final(output.token, number + 1):
+            await self._end_here(session, session.reason_of(output.token))
+            return
+        if session.end_steps == session.next_step:
+            await self._end_here(session, session.finish_reason)
+
+    def _hand_on(self, session: Session, number: int, payload: bytes, digest: bytes) -> None:
+        """Send one step's output to the next stage; the last stage's token becomes the next step of stage 0."""
+        step = number + 1 if session.is_last else number
+        count = max(1, -(-len(payload) // _PAYLOAD_BYTES))
+        encoding = common_pb2.TENSOR_ENCODING_TOKEN_IDS if session.is_last else common_pb2.TENSOR_ENCODING_RAW_FLOAT32
+        frames = [
+            execution_pb2.ForwardRequest(
+                frame=execution_pb2.StepFrame(
+                    request_id=session.request_id,
+                    stage=session.successor_stage,
+                    step=step,
+                    position=session.position_of(step),
+                    rows=session.rows_of(step),
+                    encoding=encoding,
+                    frame_index=index,
+                    frame_count=count,
+                    payload=payload[index * _PAYLOAD_BYTES : (index + 1) * _PAYLOAD_BYTES],
+                    digest=digest if index == 0 else b"",
+                )
+            )
+            for index in range(count)
+        ]
+        session.unacknowledged = frames
+        for message in frames:
+            self._send(session, message)
+
+    def _send(self, session: Session, message: execution_pb2.ForwardRequest) -> None:
+        """To the next stage; a peer that takes nothing fails the session."""
+        if session.successor == self._signer.address:
+            # Not at once: a session's task must not re-enter another's state, nor its own.
+            asyncio.get_running_loop().call_soon(self.receive, self._local, message)
+            return
+        try:
+            self.peers.send(session.successor, message)
+        except Refusal as refusal:
+            self._fail(session, refusal)
+
+    def _repeat_output(self, session: Session) -> None:
+        for message in session.unacknowledged:
+            self._send(session, message)
+
+    def _repeat_to(self, node: ChecksumAddress) -> None:
+        """A stream to `node` was made again: what the old one may have lost is sent again, and its repeats are
+        harmless.
+        """
+        for session in self._sessions.all():
+            if session.successor == node and session.state is not SessionState.FAILED:
+                self._repeat_output(session)
+
+    def _peer_failed(self, node: ChecksumAddress, why: str) -> None:
+        for session in self._sessions.all():
+            if session.successor == node and session.state is SessionState.ACTIVE:
+                refusal = Refusal(ErrorReason.ERROR_REASON_PEER_UNAVAILABLE, f"node {node} cannot be reached: {why}")
+                self._post(session, _Failed(refusal))
+
+    # -- the end of a session
+
+    async def _handle_cancel(self, session: Session, item: _Cancel) -> None:
+        await self._end_here(session, common_pb2.FINISH_REASON_CANCELLED)
+        if item.done is not None and not item.done.done():
+            item.done.set_result(session.next_step)
+
+    async def _handle_end(self, session: Session, item: _EndReceived) -> None:
+        end = item.end
+        if session.stage == 0:
+            if end.steps != session.next_step:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
+                    f"stage 0 forwarded {session.next_step} steps, the end is announced after {end.steps}",
+                )
+            reason = end.finish_reason
+            await self._end_here(session, reason)
+            if session.state is SessionState.SEALED and session.ended_message is None:
+                session.ended_message = execution_pb2.SessionEnded(
+                    request_id=session.request_id,
+                    steps=session.next_step,
+                    finish_reason=session.finish_reason,
+                    statement=session.final_statement,
+                )
+                self._send_ended(session)
+            return
+        if session.state is not SessionState.ACTIVE:
+            return
+        if end.steps < session.next_step or end.steps == 0:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
+                f"{session.next_step} steps were executed, the end is announced after {end.steps}",
+            )
+        session.end_steps, session.finish_reason = end.steps, end.finish_reason
+        if session.next_step == end.steps:
+            await self._end_here(session, end.finish_reason)
+
+    async def _end_here(self, session: Session, reason: common_pb2.FinishReason.ValueType) -> None:
+        """No step follows: seal the stage on disk and tell the next stage. Harmless when repeated."""
+        if session.state is not SessionState.ACTIVE:
+            return
+        if session.next_step == 0:
+            # Nothing was executed, so there is nothing to commit to.
+            self._fail(
+                session,
+                Refusal(ErrorReason.ERROR_REASON_UNKNOWN_SESSION, "the session was closed before its first step"),
+            )
+            return
+        session.end_steps, session.finish_reason = session.next_step, reason
+        end = execution_pb2.ForwardRequest(
+            end=execution_pb2.EndOfSession(
+                request_id=session.request_id,
+                stage=session.successor_stage,
+                steps=session.next_step,
+                finish_reason=reason,
+            )
+        )
+        if not session.is_last:
+            # Down the ring at once, so that all stages close while this one writes.
+            session.unacknowledged.append(end)
+            self._send(session, end)
+        try:
+            recorded = await self._seal(session)
+        except Refusal as refusal:
+            self._fail(session, refusal)
+            return
+        if session.has_failed:
+            return
+        session.state = SessionState.SEALED
+        self._sessions.free_cache(session)
+        self._deliver(session, recorded)
+        if session.is_last:
+            # After the statement over all tokens, which stage 0 passes on with the end.
+            session.unacknowledged.append(end)
+            self._send(session, end)
+        self._on_sealed()
+
+    def _send_ended(self, session: Session) -> None:
+        if session.upstream is not None and session.ended_message is not None:
+            session.upstream.send(execution_pb2.ForwardResponse(ended=session.ended_message))
+            session.upstream.detach(session)
+
+    def _fail(self, session: Session, refusal: Refusal, stage: int | None = None) -> None:
+        """The session cannot go on: say so backwards along the route."""
+        if session.state is SessionState.FAILED or session.state is SessionState.SEALED:
+            return
+        session.state = SessionState.FAILED
+        log.warning(
+            "session_failed", request_id=session.request_id.hex(), stage=session.stage,
+            reason=refusal.reason_name, detail=refusal.detail,
+        )  # fmt: skip
+        if session.upstream is not None:
+            session.upstream.reject(
+                session.request_id, session.stage if stage is None else stage, session.next_step, refusal
+            )
+        # Wakes the session's task if it waits; if its inbox is full it will see the state itself.
+        if not session.inbox.full():
+            session.inbox.put_nowait(_Failed(refusal))
+
+    # -- statements
+
+    async def _handle_statement(self, session: Session, item: _StatementReceived) -> None:
+        statement = item.statement
+        if len(statement.chain) != BYTES32:
+            return
+        from_predecessor = item.stream is not None
+        try:
+            await self._in_recorder(lambda: self._keep_statement(session, statement, from_predecessor))
+        except (Refusal, StorageError) as error:
+            log.warning(
+                "statement_refused",
+                request_id=session.request_id.hex(),
+                stage=session.stage,
+                step=statement.step,
+                detail=str(error),
+            )
+            if isinstance(error, Refusal) and error.reason == ErrorReason.ERROR_REASON_DIGEST_MISMATCH:
+                # The neighbour signed for other bytes than we have: going on could only end in a dispute.
+                self._fail(session, error)
+            return
+        if from_predecessor and session.stage == 0:
+            session.final_statement = statement
+
+    def _keep_statement(self, session: Session, statement: common_pb2.SignedHandOver, from_predecessor: bool) -> None:
+        """In the recording thread, after the steps before it: check a neighbour's statement against our own bytes and
+        keep it.
+        """
+        stage = session.predecessor_stage if from_predecessor else session.successor_stage
+        signer = session.route[stage].node
+        digest = signing_digest(
+            self._domains.verification,
+            HAND_OVER,
+            (session.request_id, stage, statement.sent, statement.step, bytes(statement.chain)),
+        )
+        if statement.sent is not from_predecessor or not is_signed_by(digest, statement.signature, signer):
+            raise Refusal(ErrorReason.ERROR_REASON_SIGNATURE_INVALID, f"the statement is not signed by node {signer}")
+        expected = self._expected_chain(session, statement.step, from_predecessor)
+        if expected is None:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER, "the statement is about a step that was not executed"
+            )
+        if expected != statement.chain:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_DIGEST_MISMATCH, f"node {signer} signed for other bytes than were handed over"
+            )
+        self._evidence.save_statement(
+            session.request_id,
+            session.stage,
+            Statement(stage, statement.sent, statement.step, bytes(statement.chain), bytes(statement.signature)),
+        )
+
+    @staticmethod
+    def _expected_chain(session: Session, step: int, from_predecessor: bool) -> bytes | None:
+        """The chain a neighbour must have at its `step`, from our bytes; None if we do not have them.
+
+        Between inner stages step t of one is step t of the other. The last stage's output t is stage 0's input t + 1.
+        """
+        steps = session.builder.steps
+        if from_predecessor and session.stage > 0:
+            return steps[step].input_chain if step < len(steps) else None
+        if not from_predecessor and not session.is_last:
+            return steps[step].output_chain if step < len(steps) else None
+        if from_predecessor:
+            digests = [hashlib.sha256(token.to_bytes(4, "little")).digest() for token in session.tokens]
+            return _chain_at(session.token_chains, digests, step)
+        returned = [session.opening.prompt_digest, *(item.output_digest for item in steps)]
+        return _chain_at(session.returned_chains, returned, step)
+
+    # -- the recording thread
+
+    async def _in_recorder(self, function: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._recorder, function)
+
+    def _record(
+        self, session: Session, number: int, rows: int, data: bytes, digest: bytes, output_digest: bytes, sketched: Rows
+    ) -> _Recorded:
+        """Sketch, evidence and, every few steps, the two statements of one step."""
+        fingerprint = session.sketch.add(sketched)
+        leaf = session.builder.add(rows, digest, output_digest, fingerprint)
+        self._evidence.add_step(
+            session.request_id, session.stage, leaf, int(input_encoding(session.executor.first_unit)), data
+        )
+        if number % self._settings.statement_interval_steps:
+            return _Recorded(number, None, None)
+        return self._state(session)
+
+    def _state(self, session: Session) -> _Recorded:
+        """Sign for everything received and sent up to the newest step."""
+        leaf = session.builder.steps[-1]
+        if leaf.step == session.last_signed_step:
+            return _Recorded(leaf.step, None, None)
+        receipt = self._sign_hand_over(session, False, leaf.step, leaf.input_chain)
+        sent = self._sign_hand_over(session, True, leaf.step, leaf.output_chain)
+        session.last_signed_step = leaf.step
+        return _Recorded(leaf.step, receipt, sent)
+
+    def _sign_hand_over(self, session: Session, sent: bool, step: int, chain: bytes) -> common_pb2.SignedHandOver:
+        digest = signing_digest(
+            self._domains.verification, HAND_OVER, (session.request_id, session.stage, sent, step, chain)
+        )
+        kind = DutyKind.HAND_OVER_SENT if sent else DutyKind.HAND_OVER_RECEIVED
+        self._guard.permit(kind, session.request_id, session.stage, step, digest)
+        return common_pb2.SignedHandOver(
+            request_id=session.request_id,
+            stage=session.stage,
+            sent=sent,
+            step=step,
+            chain=chain,
+            signature=self._signer.sign_digest(digest),
+        )
+
+    def _recorded(self, session: Session, done: asyncio.Future[_Recorded]) -> None:
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is None:
+            self._deliver(session, done.result())
+        else:
+            self._fail(session, _storage_refusal(error))
+
+    def _deliver(self, session: Session, recorded: _Recorded) -> None:
+        """Send freshly signed statements to the neighbours."""
+        if recorded.receipt is not None:
+            session.receipts = {recorded.step: recorded.receipt}
+            stream = session.upstream if session.stage > 0 or recorded.step == 0 else session.ring
+            if stream is not None:
+                stream.send(execution_pb2.ForwardResponse(receipt=recorded.receipt))
+        if recorded.sent is not None:
+            message = execution_pb2.ForwardRequest(statement=recorded.sent)
+            if session.state is SessionState.SEALED:
+                session.unacknowledged.append(message)
+            if session.state is not SessionState.FAILED:
+                self._send(session, message)
+
+    async def _await_recordings(self, session: Session, limit: int | None = None) -> None:
+        """Wait until fewer than `limit` steps are unrecorded, so that a slow disk slows the session and not the
+        memory.
+        """
+        limit = self._settings.recording_limit if limit is None else limit
+        while session.recordings and (session.recordings[0].done() or len(session.recordings) >= limit):
+            recording = session.recordings[0]
+            await asyncio.wait((recording,))
+            session.recordings.popleft()
+
+    async def _seal(self, session: Session) -> _Recorded:
+        """Everything recorded, the final statements signed, the result on disk."""
+        failures = [
+            recording.exception()
+            for recording in session.recordings
+            if recording.done() and not recording.cancelled() and recording.exception() is not None
+        ]
+        await asyncio.gather(*session.recordings, return_exceptions=True)
+        failures += [item.exception() for item in session.recordings if item.exception() is not None]
+        session.recordings.clear()
+        if failures:
+            raise _storage_refusal(failures[0])
+
+        def seal() -> _Recorded:
+            recorded = self._state(session)
+            result = StageResult(
+                evidence_root=session.builder.finish().root,
+                sketch=session.sketch.value(),
+                salt=secrets.token_bytes(32),
+                output_tokens=session.next_step,
+            )
+            self._evidence.seal(session.request_id, session.stage, result)
+            return recorded
+
+        try:
+            return await self._in_recorder(seal)  # type: ignore[no-any-return]
+        except (StorageError, SigningRefusedError, SketchError, ChainError) as error:
+            raise _storage_refusal(error) from error
+
+
+def _storage_refusal(error: BaseException | None) -> Refusal:
+    """What a requester is told when a step could not be recorded."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, StorageFullError):
+        return Refusal(
+            ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "the node has no room for the evidence of this session"
+        )
+    return Refusal(ErrorReason.ERROR_REASON_INTERNAL, f"the step could not be recorded: {type(error).__name__}")
+
+
+def _chain_at(known: list[bytes], digests: list[bytes], step: int) -> bytes | None:
+    """The cumulative chain over `digests` at `step`; `known` holds the chains computed so far and is extended."""
+    if step >= len(digests):
+        return None
+    while len(known) <= step:
+        known.append(extend_chain(known[-1] if known else ZERO_HASH, digests[len(known)]))
+    return known[step]
+
+
+def _output_token(session: Session, number: int, token: int) -> execution_pb2.ForwardResponse:
+    return execution_pb2.ForwardResponse(
+        token=execution_pb2.OutputToken(request_id=session.request_id, step=number, token_id=token)
+    )
+
+
+__all__ = ["ForwardStream", "Pipeline"]

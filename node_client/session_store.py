@@ -1,0 +1,414 @@
+"""Sessions of the stages this node executes, and who may open one.
+
+Owns the state of each session, keyed by (request, stage), the admission rules and the budgets. Promises that a session
+is open only for a request that the chain routed to this node for that stage, with a token of its requester and an
+opening of its input commitment; that caches of all sessions fit the budget; that opening twice gives the same session;
+and that a stage that was sealed, or lost in a crash after its node had signed something about it, is never opened
+again. Does not move tensors: see node_client.pipeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from eth_typing import ChecksumAddress
+
+from bsns.protocol.commitments import EvidenceBuilder, input_commitment, sketch_seed
+from bsns.protocol.identifiers import BYTES32, ModelId, RequestId
+from bsns.protocol.manifest import ModelManifest
+from bsns.protocol.plan import execution_class_id
+from bsns.protocol.sampling import SamplingError, SamplingParameters
+from bsns.protocol.sketch import StageSketch
+from bsns.protocol.typed_data import SESSION_TOKEN, is_signed_by, signing_digest
+from bsns.runtime.executor import ShardExecutor, StageSession
+from bsns.v1 import common_pb2, execution_pb2
+from node_client.chain_view import ChainView, NodeStatus, RequestStatus, RequestView, SigningDomains, StageView
+from node_client.errors import ErrorReason, Refusal
+from node_client.evidence_store import EvidenceStore, InputOpening
+from node_client.settings import NodeSettings
+from node_client.shard_runtime import ShardRuntime, input_bytes, new_sketch
+from node_client.signing_guard import SigningGuard
+
+if TYPE_CHECKING:
+    from node_client.pipeline import ForwardStream
+
+SessionKey = tuple[bytes, int]
+Clock = Callable[[], float]
+
+
+class SessionState(enum.Enum):
+    """ACTIVE executes; SEALED has its result on disk and only answers repeats; FAILED is being removed."""
+
+    ACTIVE = "active"
+    SEALED = "sealed"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class Session:
+    """One stage of one request. Changed only by its own task in the pipeline, except `inbox`."""
+
+    request_id: bytes
+    stage: int
+    route: tuple[StageView, ...]
+    requester: ChecksumAddress
+    opening: InputOpening
+    model: ModelId
+    executor: ShardExecutor
+    cache: StageSession | None
+    cache_bytes: int
+    sketch: StageSketch
+    inbox: asyncio.Queue[Any]
+    state: SessionState = SessionState.ACTIVE
+    next_step: int = 0
+    position: int = 0
+    input_digests: list[bytes] = field(default_factory=list)
+    # Where step 0 (or, behind stage 0, every step) comes from; for stage 0 the requester.
+    upstream: ForwardStream | None = None
+    # Stage 0 only: where the last stage's tokens come from.
+    ring: ForwardStream | None = None
+    tokens: list[int] = field(default_factory=list)
+    # The next step of stage 0, held back while the requester is away.
+    held: bytes | None = None
+    finish_reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_UNSPECIFIED
+    # Steps after which the session ends, once that is known.
+    end_steps: int | None = None
+    end_passed_on: bool = False
+    ended_message: execution_pb2.SessionEnded | None = None
+    final_statement: common_pb2.SignedHandOver | None = None
+    # For a successor that reconnects: the newest output and what followed it.
+    unacknowledged: list[execution_pb2.ForwardRequest] = field(default_factory=list)
+    receipts: dict[int, common_pb2.SignedHandOver] = field(default_factory=dict)
+    # Written by the recording thread only.
+    builder: EvidenceBuilder = field(default_factory=EvidenceBuilder)
+    recordings: deque[asyncio.Future[Any]] = field(default_factory=deque)
+    last_signed_step: int = -1
+    # Chains that the neighbours across the ring's joint have: of the tokens sent to stage 0, of the inputs that stage 0
+    # received.
+    token_chains: list[bytes] = field(default_factory=list)
+    returned_chains: list[bytes] = field(default_factory=list)
+    opened_at: float = 0.0
+
+    @property
+    def key(self) -> SessionKey:
+        return self.request_id, self.stage
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a callback gave the session up while its task was waiting."""
+        return self.state is SessionState.FAILED
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == len(self.route) - 1
+
+    @property
+    def successor_stage(self) -> int:
+        """The stage that takes the outputs: the last stage's go to stage 0."""
+        return 0 if self.is_last else self.stage + 1
+
+    @property
+    def successor(self) -> ChecksumAddress:
+        return self.route[self.successor_stage].node
+
+    @property
+    def predecessor_stage(self) -> int:
+        return (self.stage or len(self.route)) - 1
+
+    @property
+    def predecessor(self) -> ChecksumAddress:
+        """The node whose frames are taken; for stage 0 from step 1 on the last stage's."""
+        return self.route[self.predecessor_stage].node
+
+    @property
+    def manifest(self) -> ModelManifest:
+        return self.executor.manifest
+
+    def rows_of(self, step: int) -> int:
+        """Step 0 is the prompt, each later step one token."""
+        return self.opening.prompt_tokens if step == 0 else 1
+
+    def position_of(self, step: int) -> int:
+        return 0 if step == 0 else self.opening.prompt_tokens + step - 1
+
+    def input_bytes_of(self, step: int) -> int:
+        return input_bytes(self.manifest, self.executor.first_unit, self.rows_of(step))
+
+    def is_final(self, token: int, tokens: int) -> bool:
+        """Whether `token`, the `tokens`-th drawn, ends the answer."""
+        return token in self.manifest.end_token_ids or tokens >= self.opening.sampling.maximum_tokens
+
+    def reason_of(self, token: int) -> common_pb2.FinishReason.ValueType:
+        stopped = token in self.manifest.end_token_ids
+        return common_pb2.FINISH_REASON_STOP if stopped else common_pb2.FINISH_REASON_LENGTH
+
+
+class SessionStore:
+    """All sessions of the node."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        node: ChecksumAddress,
+        domains: SigningDomains,
+        chain: ChainView,
+        runtime: ShardRuntime,
+        evidence: EvidenceStore,
+        guard: SigningGuard,
+        *,
+        clock: Clock = time.time,
+    ) -> None:
+        self._settings, self._node, self._domains = settings, node, domains
+        self._chain, self._runtime, self._evidence, self._guard = chain, runtime, evidence, guard
+        self._clock = clock
+        self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
+        self._opening: dict[SessionKey, asyncio.Lock] = {}
+        self._cache_used = 0
+        self.draining = False
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def active(self) -> int:
+        """Sessions that still execute."""
+        return sum(session.state is SessionState.ACTIVE for session in self._sessions.values())
+
+    @property
+    def free_cache_bytes(self) -> int:
+        return self._settings.cache_memory_bytes - self._cache_used
+
+    def get(self, request_id: bytes, stage: int) -> Session | None:
+        return self._sessions.get((request_id, stage))
+
+    def require(self, request_id: bytes, stage: int) -> Session:
+        """The session, or a Refusal that tells the caller to open it."""
+        session = self._sessions.get((request_id, stage))
+        if session is None:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_UNKNOWN_SESSION,
+                "there is no such session here: open it with OpenSession, or it has ended",
+            )
+        return session
+
+    def of_request(self, request_id: bytes) -> list[Session]:
+        return [session for key, session in self._sessions.items() if key[0] == request_id]
+
+    def all(self) -> list[Session]:
+        return list(self._sessions.values())
+
+    async def check_token(self, request_id: bytes, token: execution_pb2.SessionToken) -> RequestView:
+        """The request, if `token` is its requester's and still valid; a Refusal otherwise."""
+        if len(request_id) != BYTES32:
+            raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, "request_id must be 32 bytes")
+        now = int(self._clock())
+        if token.deadline < now:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_SESSION_TOKEN_EXPIRED, "the session token has expired; sign a new one"
+            )
+        if token.deadline > now + self._settings.maximum_token_lifetime_seconds:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_SESSION_TOKEN_INVALID,
+                f"a session token is valid for at most {self._settings.maximum_token_lifetime_seconds} s; sign "
+                "one with an earlier deadline",
+            )
+        request = await self._chain.request(request_id)
+        if request.status is RequestStatus.ABSENT:
+            raise Refusal(ErrorReason.ERROR_REASON_REQUEST_NOT_ROUTED, "the request is not on the chain; open it first")
+        digest = signing_digest(
+            self._domains.escrow, SESSION_TOKEN, (request_id, request.input_commitment, token.deadline)
+        )
+        if not is_signed_by(digest, token.signature, request.requester):
+            raise Refusal(
+                ErrorReason.ERROR_REASON_SESSION_TOKEN_INVALID,
+                "the session token is not signed by the requester of this request",
+            )
+        return request
+
+    async def open(self, message: execution_pb2.OpenSessionRequest) -> tuple[Session, bool]:
+        """The session and whether it is new. Every way it can be refused is a Refusal; nothing is kept then."""
+        key = (bytes(message.request_id), message.stage)
+        request = await self.check_token(key[0], message.token)
+        lock = self._opening.setdefault(key, asyncio.Lock())
+        try:
+            async with lock:
+                existing = self._sessions.get(key)
+                if existing is not None:
+                    return existing, False
+                session = await self._admit(key, request, message)
+                self._sessions[key] = session
+                return session, True
+        finally:
+            if not lock.locked():
+                self._opening.pop(key, None)
+
+    def free_cache(self, session: Session) -> None:
+        """Give the KV cache and the weights back; the session itself stays until `remove`."""
+        if session.cache is not None:
+            session.cache = None
+            self._cache_used -= session.cache_bytes
+            self._runtime.release(session.model, session.executor.first_unit, session.executor.end_unit)
+
+    def remove(self, session: Session) -> None:
+        self.free_cache(session)
+        if self._sessions.get(session.key) is session:
+            del self._sessions[session.key]
+
+    async def _admit(self, key: SessionKey, request: RequestView, message: execution_pb2.OpenSessionRequest) -> Session:
+        if self.draining:
+            raise Refusal(ErrorReason.ERROR_REASON_DRAINING, "the node is shutting down; ask for another route")
+        status = await self._chain.node_status(self._node)
+        if status is not NodeStatus.ACTIVE:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_NODE_NOT_ACTIVE,
+                f"the node is {status.name.lower()} on chain and must not serve",
+            )
+        if request.status is not RequestStatus.ROUTED:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_REQUEST_NOT_ROUTED,
+                f"the request is {request.status.name.lower()}; sessions are for routed requests",
+            )
+        head = await self._chain.head()
+        if head.timestamp > request.deadline:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_REQUEST_NOT_ROUTED, "the request's deadline has passed; claim its refund"
+            )
+        route = await self._chain.stages(key[0])
+        if key[1] >= len(route) or route[key[1]].node != self._node:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_WRONG_STAGE,
+                f"stage {key[1]} of this request is not routed to node {self._node}",
+            )
+        opening = self._opened(request, message.input)
+        model = ModelId(await self._chain.model_of_plan(request.plan_id))
+        manifest = self._runtime.store(model).manifest
+        maximum_tokens = opening.prompt_tokens + opening.sampling.maximum_tokens
+        if maximum_tokens > manifest.context_limit:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_CONTEXT_LIMIT,
+                f"{opening.prompt_tokens} prompt tokens and {opening.sampling.maximum_tokens} answer tokens "
+                "exceed the model's context of "
+                f"{manifest.context_limit}; shorten one of them",
+            )
+        self._check_history(key)
+        return await self._allocate(key, request, route, opening, model, maximum_tokens)
+
+    async def _allocate(
+        self,
+        key: SessionKey,
+        request: RequestView,
+        route: tuple[StageView, ...],
+        opening: InputOpening,
+        model: ModelId,
+        maximum_tokens: int,
+    ) -> Session:
+        """Weights, cache and record of an admitted session; gives everything back if one of them is refused."""
+        own = route[key[1]]
+        executor = await self._runtime.executor(model, own.first_unit, own.end_unit)
+        try:
+            if execution_class_id(executor.execution_class) != own.execution_class:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_WRONG_PLAN,
+                    f"the plan promises another execution class than {executor.execution_class}, which is what this "
+                    "node runs",
+                )
+            if self.active >= self._settings.maximum_sessions:
+                raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "all sessions are taken; try again later")
+            cache = executor.new_session(maximum_tokens)
+            needed = cache.cache_bytes_limit
+            if needed > self.free_cache_bytes:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED,
+                    f"the session needs {needed} bytes of cache, {self.free_cache_bytes} are free; try again later",
+                )
+            input_total = input_bytes(executor.manifest, executor.first_unit, maximum_tokens)
+            if input_total > self._evidence.bytes_free:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "there is no room for the evidence of another session"
+                )
+            self._evidence.open_stage(key[0], key[1], opening, int(self._clock()))
+            self._cache_used += needed
+        except BaseException:
+            self._runtime.release(model, own.first_unit, own.end_unit)
+            raise
+        return Session(
+            request_id=key[0],
+            stage=key[1],
+            route=route,
+            requester=request.requester,
+            opening=opening,
+            model=model,
+            executor=executor,
+            cache=cache,
+            cache_bytes=needed,
+            sketch=new_sketch(sketch_seed(RequestId(key[0]), key[1]), executor),
+            inbox=asyncio.Queue(self._settings.session_inbox_limit),
+            opened_at=time.monotonic(),
+        )
+
+    def _check_history(self, key: SessionKey) -> None:
+        if self._evidence.sealed_stage(*key) is not None:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_UNKNOWN_SESSION, "this session has ended and its result is committed"
+            )
+        if self._guard.has_signed(*key):
+            # The cache is gone, and executing again could sign other bytes for the same steps: that would be
+            # equivocation.
+            raise Refusal(
+                ErrorReason.ERROR_REASON_UNKNOWN_SESSION,
+                "this session was lost when the node restarted; open a new request",
+            )
+
+    @staticmethod
+    def _opened(request: RequestView, message: execution_pb2.InputOpening) -> InputOpening:
+        if len(message.prompt_digest) != BYTES32 or len(message.salt) != BYTES32:
+            raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, "prompt_digest and salt must be 32 bytes")
+        sampling = sampling_from_message(message.sampling)
+        commitment = input_commitment(message.prompt_digest, message.prompt_tokens, sampling.digest(), message.salt)
+        if commitment != request.input_commitment:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_INPUT_COMMITMENT_MISMATCH,
+                "prompt digest, sampling parameters and salt do not open the commitment on chain",
+            )
+        if message.prompt_tokens != request.prompt_tokens or not message.prompt_tokens >= 1:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_INPUT_COMMITMENT_MISMATCH,
+                f"the commitment is over {message.prompt_tokens} prompt tokens, {request.prompt_tokens} were paid",
+            )
+        if sampling.maximum_tokens > request.maximum_tokens:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_INPUT_COMMITMENT_MISMATCH,
+                f"{sampling.maximum_tokens} answer tokens are asked for, {request.maximum_tokens} were paid",
+            )
+        return InputOpening(bytes(message.prompt_digest), message.prompt_tokens, sampling, bytes(message.salt))
+
+
+def sampling_from_message(message: common_pb2.SamplingParameters) -> SamplingParameters:
+    """Wire parameters as the protocol's; Refusal if out of range."""
+    try:
+        return SamplingParameters(
+            temperature=message.temperature,
+            top_k=message.top_k,
+            top_p=message.top_p,
+            seed=message.seed,
+            maximum_tokens=message.maximum_tokens,
+        )
+    except SamplingError as error:
+        raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, str(error)) from error
+
+
+def sampling_to_message(sampling: SamplingParameters) -> common_pb2.SamplingParameters:
+    """The inverse of `sampling_from_message`."""
+    return common_pb2.SamplingParameters(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        maximum_tokens=sampling.maximum_tokens,
+    )

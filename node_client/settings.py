@@ -1,0 +1,213 @@
+"""Settings of one node: every limit, window and path has a name, a unit and a default here.
+
+Sources, strongest first: command-line options, environment (prefix BSNS_NODE_), a TOML file (BSNS_NODE_CONFIG_FILE or
+--config), defaults. Promises that what loads is complete and in range, and that `shown` never contains a secret. Reads
+nothing but these sources.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from node_client.errors import SettingsError
+from node_client.keystore import DEFAULT_SCRYPT_COST
+
+CONFIG_FILE_VARIABLE: Final = "BSNS_NODE_CONFIG_FILE"
+CACHE_VARIABLE: Final = "BSNS_CACHE"
+MIB: Final = 1024 * 1024
+# A frame's payload may fill 1 MiB; the message around it needs a little more, and gRPC's default limit is 4 MiB.
+MAXIMUM_FRAME_BYTES: Final = MIB
+
+
+def default_cache() -> Path:
+    """BSNS_CACHE, or ~/.cache/bsns: where `python -m bsns.runtime.prepare` puts models."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else Path.home() / ".cache" / "bsns"
+
+
+class NodeSettings(BaseSettings):
+    """Everything a node is told. Sizes in bytes, times in seconds, money in wei."""
+
+    model_config = SettingsConfigDict(env_prefix="BSNS_NODE_", frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    # Where and who
+    rpc_url: str = Field(min_length=1, description="JSON-RPC endpoint of the chain")
+    deployment: Path = Field(description="deployment file that names the contracts")
+    data_dir: Path = Field(description="keys, signing history and evidence of this node; one folder a node")
+    model_cache: Path = Field(default_factory=default_cache, description="folder that holds models/")
+    listen: str = Field(default="127.0.0.1:0", description="host:port to listen on; port 0 takes a free one")
+    advertise: str | None = Field(
+        default=None, description="host:port registered on chain; default: what is listened on"
+    )
+    coordinator: str | None = Field(
+        default=None, description="host:port of a coordinator to attach to; a node works without one"
+    )
+    coordinator_certificate: Path | None = Field(
+        default=None, description="PEM certificate of a coordinator that is not on loopback"
+    )
+
+    # Keys
+    password: SecretStr | None = Field(default=None, description="keystore password; prefer password_file")
+    password_file: Path | None = Field(default=None, description="file (mode 600) with the keystore password")
+    operator_key_file: Path | None = Field(
+        default=None, description="file (mode 600) with a raw operator key to import"
+    )
+    keystore_scrypt_cost: int = Field(default=DEFAULT_SCRYPT_COST, ge=2, le=2**22)
+
+    # Money
+    stake_wei: int = Field(default=0, ge=0, description="stake to register with")
+    minimum_fee_per_token_wei: int = Field(default=0, ge=0, description="plans that pay less are refused")
+    gas_balance_minimum_wei: int = Field(default=10**16, ge=0, description="the hot key is topped up below this")
+    gas_balance_target_wei: int = Field(
+        default=5 * 10**16, ge=0, description="balance after a top-up from the operator's key"
+    )
+    trusted_publishers: tuple[str, ...] = Field(default=(), description="plan publishers to work for; empty: any")
+
+    # Compute and memory
+    threads: int = Field(default=1, ge=1, le=256)
+    weight_memory_bytes: int = Field(default=4 * 1024 * MIB, ge=1, description="executors kept in memory")
+    cache_memory_bytes: int = Field(default=1024 * MIB, ge=1, description="KV caches of all sessions together")
+    reexecution_rows: int = Field(
+        default=32, ge=1, le=4096, description="rows of one piece of a re-execution; bounds the wait of live sessions"
+    )
+    draw_tolerance: float = Field(
+        default=1e-3, gt=0, le=1, description="largest honest difference of a logit between two machines"
+    )
+
+    # Sessions
+    maximum_sessions: int = Field(default=64, ge=1)
+    session_idle_seconds: float = Field(default=60.0, gt=0, description="a session without progress is ended")
+    session_linger_seconds: float = Field(default=60.0, gt=0, description="a finished session still answers repeats")
+    requester_reconnect_seconds: float = Field(
+        default=2.0, ge=0, description="a requester whose stream broke may come back"
+    )
+    session_inbox_limit: int = Field(default=64, ge=4, description="messages waiting for one session")
+    stream_outbox_limit: int = Field(default=1024, ge=16, description="messages waiting for one reader")
+    recording_limit: int = Field(default=16, ge=1, description="steps of a session executed but not yet recorded")
+    statement_interval_steps: int = Field(default=8, ge=1)
+    maximum_token_lifetime_seconds: int = Field(
+        default=86_400, ge=1, description="session tokens valid for longer are refused"
+    )
+    maximum_query_lifetime_seconds: int = Field(default=900, ge=1)
+    maximum_concurrent_calls: int = Field(default=256, ge=8)
+    drain_seconds: float = Field(default=30.0, ge=0, description="how long SIGTERM waits for sessions")
+
+    # Peers
+    peer_connect_seconds: float = Field(default=3.0, gt=0)
+    peer_retry_seconds: float = Field(
+        default=10.0, gt=0, description="a peer out of reach for longer fails its sessions"
+    )
+    peer_backoff_seconds: float = Field(default=0.1, gt=0)
+    peer_backoff_maximum_seconds: float = Field(default=2.0, gt=0)
+    peer_proof_lifetime_seconds: int = Field(default=60, ge=5, le=600)
+    maximum_peers: int = Field(default=256, ge=1)
+
+    # Chain
+    rpc_timeout_seconds: float = Field(default=10.0, gt=0)
+    chain_poll_seconds: float = Field(default=1.0, gt=0)
+    chain_lookback_blocks: int = Field(
+        default=50_000, ge=1, description="how far a restarted node looks for open duties"
+    )
+    transaction_timeout_seconds: float = Field(default=60.0, gt=0)
+    registration_proof_seconds: int = Field(default=600, ge=30)
+    attestation_give_up_share: float = Field(
+        default=2 / 3, gt=0, lt=1, description="share of the attest window spent asking for evidence"
+    )
+    evidence_retry_seconds: float = Field(default=2.0, gt=0)
+
+    # Disk
+    evidence_bytes: int = Field(
+        default=4 * 1024 * MIB, ge=1, description="bytes of evidence kept until disputes are over"
+    )
+    evidence_response_bytes: int = Field(
+        default=1024 * MIB, ge=1, description="input bytes accepted from an executor for one stage"
+    )
+
+    # Coordinator
+    coordinator_backoff_seconds: float = Field(default=0.5, gt=0)
+    coordinator_backoff_maximum_seconds: float = Field(default=30.0, gt=0)
+    maximum_consent_lifetime_seconds: int = Field(default=3_600, ge=1)
+    profile_seconds: float = Field(default=1.5, gt=0, description="time spent measuring each model")
+
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+
+    @field_validator("listen", "advertise", "coordinator")
+    @classmethod
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is not None:
+            split_endpoint(value)
+        return value
+
+    @model_validator(mode="after")
+    def _relations(self) -> NodeSettings:
+        if self.gas_balance_target_wei < self.gas_balance_minimum_wei:
+            raise ValueError("gas_balance_target_wei must not be below gas_balance_minimum_wei")
+        if (
+            self.advertise is None
+            and not is_loopback(self.listen)
+            and split_endpoint(self.listen)[0] in ("0.0.0.0", "::")
+        ):
+            raise ValueError("a node that listens on every address must say with `advertise` where it is reached")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        file = os.environ.get(CONFIG_FILE_VARIABLE)
+        if file:
+            sources = (*sources, TomlConfigSettingsSource(settings_cls, Path(file)))
+        return sources
+
+    @classmethod
+    def load(cls, **given: Any) -> NodeSettings:
+        """From options (None: not given) and the other sources; SettingsError names each bad setting and no value."""
+        try:
+            return cls(**{key: value for key, value in given.items() if value is not None})
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}"
+                for item in error.errors(include_url=False, include_input=False)
+            )
+            raise SettingsError(f"settings cannot be used: {problems}") from error
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"the settings file cannot be read: {error}") from error
+
+    def shown(self) -> dict[str, Any]:
+        """Effective values for people; secrets masked."""
+        return self.model_dump(mode="json")
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """Host and port of "host:port" or "[v6]:port"; ValueError otherwise."""
+    host, separator, port = endpoint.rpartition(":")
+    if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise ValueError(f"{endpoint!r} is not host:port")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    if any(character.isspace() or character in "/@?#" for character in host):
+        raise ValueError(f"{endpoint!r} is not host:port")
+    return host, int(port)
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether an endpoint never leaves this machine: only then is plaintext allowed."""
+    host = split_endpoint(endpoint)[0]
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

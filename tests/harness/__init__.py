@@ -1,0 +1,1 @@
+"""Programs that tests start beside the product's own: dishonest nodes. Nothing in the product knows of them."""

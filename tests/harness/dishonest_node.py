@@ -1,0 +1,47 @@
+"""A node client that computes something else than the model: every output is off by one per cent of its size.
+
+It is the product's own node in everything but the executor, which is wrapped at the boundary that the product has
+anyway. It cheats when it serves and when it attests, as a node with other weights would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bsns.runtime.executor import ShardExecutor, StageExecutor, StageSession
+from bsns.runtime.weight_store import WeightStore
+from node_client import cli
+from node_client.service import NodeService
+
+NOISE = 0.01
+
+
+class CheatingExecutor(StageExecutor):
+    """StageExecutor whose outputs carry noise, the same for equal inputs."""
+
+    def forward(
+        self, session: StageSession, inputs: Tensor, *, position: int, logit_rows: Sequence[int] | None = None
+    ) -> Tensor:
+        output = super().forward(session, inputs, position=position, logit_rows=logit_rows)
+        generator = torch.Generator().manual_seed(position)
+        noise = torch.randn(output.shape, generator=generator)
+        return output + NOISE * output.norm(dim=-1, keepdim=True) * noise / noise.norm(dim=-1, keepdim=True)
+
+
+def cheating_executor(
+    store: WeightStore, first_unit: int, end_unit: int, *, threads: int, progress: object
+) -> ShardExecutor:
+    """Takes the place of node_client.shard_runtime.stage_executor."""
+    del progress
+    return CheatingExecutor(store, first_unit, end_unit, threads=threads)
+
+
+if __name__ == "__main__":
+    defaults = NodeService.__init__.__kwdefaults__
+    assert defaults is not None
+    assert "executor_factory" in defaults
+    defaults["executor_factory"] = cheating_executor
+    cli.main()

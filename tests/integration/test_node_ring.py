@@ -1,0 +1,181 @@
+"""The path of a request through real nodes on a real chain: sessions, ring, commitments, committee, reveals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bsns.protocol.sampling import SamplingParameters
+from bsns.runtime.executor import StageExecutor
+from bsns.runtime.weight_store import WeightStore
+from bsns.v1 import common_pb2, execution_pb2
+from node_client.chain_view import Phase
+from node_client.shard_runtime import stage_executor
+from tests.integration.node_fixtures import (
+    Network,
+    OpenedRequest,
+    read_answer,
+    running_network,
+    short_terms,
+    until,
+)
+from tests.unit.runtime_models import greedy
+
+pytestmark = pytest.mark.chain
+
+PROMPT = (5, 17, 60, 33, 8)
+GREEDY = SamplingParameters(maximum_tokens=12)
+
+
+def whole_model_answer(network: Network, prompt: tuple[int, ...], tokens: int) -> list[int]:
+    """What one process generates, up to and with an end token."""
+    folder = next(network.cache.glob("models/*/*/manifest.json")).parent
+    store = WeightStore(folder)
+    answer = greedy([StageExecutor(store, 0, len(store.manifest.units))], prompt, tokens)
+    ends = [index for index, token in enumerate(answer) if token in store.manifest.end_token_ids]
+    return answer[: ends[0] + 1] if ends else answer
+
+
+async def reveals(network: Network, opened: OpenedRequest, name: str, count: int) -> list[Any]:
+    async def enough() -> list[Any]:
+        found = await network.stage_events(opened, name)
+        return found if len(found) >= count else []
+
+    return await until(enough, f"{count} × {name}")
+
+
+async def test_ring_of_three_stages_gives_the_tokens_of_one_process_and_survives_the_committee(tmp_path: Path) -> None:
+    async with running_network(tmp_path) as network:
+        readies = [(await network.start_node(name))[1] for name in ("a", "b", "c", "d")]
+        await network.until_active(*(ready.node for ready in readies))
+        plan = await network.publish_plan([("a", 0, 2), ("b", 2, 4), ("c", 4, 6)])
+        opened = await network.open_request(plan, PROMPT, GREEDY)
+        answer = await network.ask(opened, ("a", "b", "c"))
+        expected = whole_model_answer(network, PROMPT, GREEDY.maximum_tokens)
+        assert answer.tokens == expected
+        assert answer.rejected is None
+        assert answer.ended is not None
+        assert answer.ended.steps == len(expected)
+        assert answer.ended.finish_reason == common_pb2.FINISH_REASON_STOP, "the tiny model draws its end token"
+        assert len(answer.ended.statement.signature) == 65
+        assert answer.receipts, "stage 0 signs for the prompt"
+        await network.draw(opened)
+        attested = await reveals(network, opened, "AttestationRevealed", 9)
+        staged = await reveals(network, opened, "StageRevealed", 3)
+        for stage in staged:
+            for attestation in attested:
+                if attestation.arguments["stage"] == stage.arguments["stage"]:
+                    assert attestation.arguments["evidenceRoot"] == stage.arguments["evidenceRoot"]
+                    assert attestation.arguments["outputTokens"] == len(expected)
+                    distance = await network.client.call(
+                        "OutputVerification",
+                        "sketchDistance",
+                        attestation.arguments["sketch"],
+                        stage.arguments["sketch"],
+                    )
+                    assert distance <= 128
+        view = await network.client.call("OutputVerification", "verificationOf", opened.id)
+        assert view.phase in (Phase.REVEALING, Phase.CHALLENGEABLE)
+
+
+async def test_one_stage_ring_repeated_prompt_and_cancel(tmp_path: Path) -> None:
+    async with running_network(tmp_path, short_terms(sampling_rate_bps=0)) as network:
+        ready = (await network.start_node("a"))[1]
+        await network.until_active(ready.node)
+        plan = await network.publish_plan([("a", 0, 6)])
+        expected = whole_model_answer(network, PROMPT, GREEDY.maximum_tokens)
+
+        opened = await network.open_request(plan, PROMPT, GREEDY)
+        answer = await network.ask(opened, ("a",))
+        assert answer.tokens == expected
+        async with network.stub("a") as stub:
+            # The same prompt on another stream is answered from memory, not executed again.
+            call = stub.Forward(timeout=30)
+            await call.write(network.prompt_frame(opened))
+            again = await read_answer(call)
+            call.cancel()
+            assert (again.tokens, again.ended) == (answer.tokens, answer.ended)
+
+        sampled = SamplingParameters(temperature=1.5, seed=3, maximum_tokens=40)
+        other = await network.open_request(plan, PROMPT, sampled)
+        await network.open_sessions(other, ("a",))
+        async with network.stub("a") as stub:
+            call = stub.Forward(timeout=30)
+            await call.write(network.prompt_frame(other))
+            first = await read_answer(call, stop_after=2)
+            closed = await stub.CloseSession(
+                execution_pb2.CloseSessionRequest(request_id=other.id, token=network.token(other)), timeout=20
+            )
+            rest = await read_answer(call, tokens_before=2)
+            call.cancel()
+            assert rest.ended is not None
+            assert rest.ended.steps == closed.steps == len(first.tokens) + len(rest.tokens)
+        # Not sampled: nobody attests, the executor reveals on its own.
+        for item in (opened, other):
+            await network.draw(item)
+        (revealed,) = await reveals(network, opened, "StageRevealed", 1)
+        assert revealed.arguments["outputTokens"] == len(expected)
+        (revealed,) = await reveals(network, other, "StageRevealed", 1)
+        assert revealed.arguments["outputTokens"] == closed.steps
+
+
+class LyingExecutor:
+    """A shard executor that runs the real one and hands on something else: what a node with other weights does."""
+
+    def __init__(self, honest: Any) -> None:
+        self._honest = honest
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._honest, name)
+
+    def forward(self, session: Any, inputs: Any, *, position: int, logit_rows: Any = None) -> Any:
+        return self._honest.forward(session, inputs, position=position, logit_rows=logit_rows) * 1.01 + 0.02
+
+
+async def test_executor_that_hands_on_other_activations_is_far_from_what_the_committee_attests(tmp_path: Path) -> None:
+    async with running_network(tmp_path) as network:
+        readies = [(await network.start_node(name))[1] for name in ("a", "c")]
+
+        def lying(store: Any, first: int, end: int, *, threads: int, progress: Any) -> Any:
+            return LyingExecutor(stage_executor(store, first, end, threads=threads, progress=progress))
+
+        readies.append((await network.start_node("b", executor_factory=lying))[1])
+        await network.until_active(*(ready.node for ready in readies))
+        plan = await network.publish_plan([("a", 0, 2), ("b", 2, 4), ("c", 4, 6)])
+        opened = await network.open_request(plan, PROMPT, GREEDY)
+        answer = await network.ask(opened, ("a", "b", "c"))
+        assert answer.ended is not None
+        await network.draw(opened)
+        staged = await reveals(network, opened, "StageRevealed", 3)
+        attested = await reveals(network, opened, "AttestationRevealed", 6)
+        sketches = {item.arguments["stage"]: item.arguments["sketch"] for item in staged}
+        liar = readies[2].node
+        for item in attested:
+            if item.arguments["node"] == liar:
+                continue
+            distance = await network.client.call(
+                "OutputVerification", "sketchDistance", item.arguments["sketch"], sketches[item.arguments["stage"]]
+            )
+            assert (distance > 500) == (item.arguments["stage"] == 1), (item.arguments["stage"], distance)
+
+
+async def test_peer_that_is_gone_is_reported_to_the_requester_and_the_node_lives(tmp_path: Path) -> None:
+    async with running_network(tmp_path) as network:
+        readies = [(await network.start_node(name))[1] for name in ("a", "b")]
+        await network.until_active(*(ready.node for ready in readies))
+        plan = await network.publish_plan([("a", 0, 3), ("b", 3, 6)])
+        opened = await network.open_request(plan, PROMPT, GREEDY)
+        await network.open_sessions(opened, ("a", "b"))
+        network.services["b"].stop()
+        await network.until_refused("b")
+        async with network.stub("a") as stub:
+            call = stub.Forward(timeout=30)
+            await call.write(network.prompt_frame(opened))
+            answer = await read_answer(call)
+            call.cancel()
+            assert answer.rejected is not None
+            assert answer.rejected.reason == common_pb2.ERROR_REASON_PEER_UNAVAILABLE
+            second = await network.open_request(plan, PROMPT, GREEDY)
+            await stub.OpenSession(network.session_request(second, 0), timeout=20)
