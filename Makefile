@@ -48,7 +48,7 @@ ARTIFACTS_STAMP := build/.compiled-contracts
 SOLIDITY        := $(wildcard contracts/*.sol contracts/*/*.sol)
 SLITHER_STAMP   := build/venv-slither/.installed
 
-.PHONY: help setup contracts proto model demo test test-contracts test-python fmt slither clean \
+.PHONY: help setup contracts proto model demo test test-contracts test-python bench-sketch devnet fmt slither clean \
 	check check-ruff check-format check-types check-imports check-proto check-contracts
 
 help: ## list the targets
@@ -122,6 +122,9 @@ proto: setup ## regenerate bsns/v1 from proto/bsns/v1
 model: setup ## prepare the embedded language model in the cache (again: instant)
 	@$(PY) -m bsns.runtime.prepare
 
+devnet: setup contracts model ## a local network that runs until Ctrl-C, with what to type to use it
+	@.venv/bin/bsns-coordinator devnet
+
 demo: setup contracts model ## a whole network on this machine answers PROMPT, is paid, audited and, for one cheat, slashed
 	@.venv/bin/bsns-coordinator demo
 
@@ -132,7 +135,7 @@ test: test-contracts test-python ## every test: forge, then pytest
 test-contracts: setup ## the Solidity tests (FORGE_ARGS='--match-test name -vvv')
 	@"$(FORGE)" test $(FORGE_ARGS)
 
-test-python: contracts ## the Python tests (PYTEST_ARGS='-k name -x')
+test-python: contracts model ## the Python tests (PYTEST_ARGS='-k name -x')
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
 # `make check` stops at the first that fails, `make -k check` runs them all.
@@ -161,6 +164,9 @@ check-proto: setup
 check-contracts: setup
 	@echo '>> forge fmt --check'
 	@"$(FORGE)" fmt --check
+
+bench-sketch: model ## how far honest executions and cheats lie apart; writes benchmarks/results/sketch_separation.json
+	@$(PY) -m benchmarks.sketch_separation
 
 fmt: setup ## format Python and Solidity in place
 	@.venv/bin/ruff check --fix-only --quiet .
