@@ -36,12 +36,11 @@ EXIT_UNAVAILABLE: Final = 4
 EXIT_NOT_SERVED: Final = 5
 PASSWORD_VARIABLE: Final = "BSNS_KEYSTORE_PASSWORD"
 KEY_BYTES: Final = 32
+AUDIT_PATIENCE_S: Final = 3.0
 MAXIMUM_PROMPT_BYTES: Final = 4 * 1024 * 1024
 
 _HELP: Final = (
-    "Ask a question and pay for it, see what became of it, take a deposit back; and audit anybody's request.
-
-"
+    "Ask a question and pay for it, see what became of it, take a deposit back; and audit anybody's request.\n\n"
     "Exit codes: 0 done, 1 an audit failed, 2 wrong use or input, 3 the contracts refused, 4 chain or network "
     "unavailable, 5 paid but not served (the deposit can be taken back)."
 )
@@ -287,10 +286,12 @@ def audit_export(
     async def run() -> None:
         from bsns.audit import export
         from bsns.chain.client import Web3ChainClient
+        from bsns.requester.patient_chain import PatientChainClient
 
         known = _deployment(deployment)
         async with await Web3ChainClient.connect(rpc, known) as chain:
-            data = (await export(chain, known, _request_id(request_id))).to_bytes()
+            patient = PatientChainClient(chain, AUDIT_PATIENCE_S)
+            data = (await export(patient, known, _request_id(request_id))).to_bytes()
         if output is None:
             typer.echo(data.decode(), nl=False)
         else:
@@ -313,13 +314,14 @@ def audit_verify(
         from bsns.chain.client import Web3ChainClient
         from bsns.chain.errors import WrongChainError
         from bsns.protocol.record import RecordError, VerificationRecord
+        from bsns.requester.patient_chain import PatientChainClient
 
         data = _read(record)
         known = None if deployment is None else _deployment(deployment)
         try:
             where = known or deployment_of(VerificationRecord.from_bytes(data))
             async with await Web3ChainClient.connect(rpc, where) as chain:
-                checks = await verify_bytes(data, chain, known)
+                checks = await verify_bytes(data, PatientChainClient(chain, AUDIT_PATIENCE_S), known)
         except RecordError as error:
             checks = [Check("record format", False, str(error))]
         except WrongChainError as error:

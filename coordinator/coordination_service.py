@@ -104,9 +104,7 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
 
     async def _attach(self, request_iterator: AsyncIterator[coordination_pb2.AttachRequest], context: _Context) -> None:
         if self._draining:
-            raise _Refusal(
-                grpc.StatusCode.UNAVAILABLE, "DRAINING", "the coordinator is stopping: attach again later"
-            )
+            raise _Refusal(grpc.StatusCode.UNAVAILABLE, "DRAINING", "the coordinator is stopping: attach again later")
         node = await self._authenticate(request_iterator, context)
         try:
             attached = self._pool.attach(node)

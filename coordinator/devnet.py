@@ -253,7 +253,7 @@ class Devnet:
                 *("--stake", STAKE_ETHER),
                 *("--listen", "127.0.0.1:0"),
                 *("--coordinator", str(self.coordinator.ready["endpoint"])),
-                # <cache>/models/<name>/<manifest hash>/manifest.json: the nodes take the model from where the plan's came.
+                # <cache>/models/<name>/<hash>/manifest.json: the nodes serve the model that is planned for.
                 *("--model-cache", str(self.manifest.resolve().parents[3])),
                 *("--threads", str(threads)),
             ]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
 
 from eth_account import Account
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -278,8 +278,5 @@ def is_loopback(where: str) -> bool:
 
 def masked_url(url: str) -> str:
     """`url` without the password in it, and without a query, where providers put keys."""
-    parts = urlsplit(url)
-    netloc = parts.netloc
-    if parts.password is not None:
-        netloc = f"{parts.username or ''}:**********@{netloc.rpartition('@')[2]}"
-    return urlunsplit((parts.scheme, netloc, parts.path, "**********" if parts.query else "", ""))
+    without_password = re.sub(r"(://[^/@:]*):[^/]*@", r"\1:**********@", url)
+    return re.sub(r"\?.*", "?**********", without_password)

@@ -18,7 +18,13 @@ import structlog
 from eth_typing import ChecksumAddress
 
 from bsns.chain.client import Block
-from bsns.chain.errors import ChainError, ChainUnavailableError, ContractError, TransactionTimeoutError
+from bsns.chain.errors import (
+    ChainError,
+    ChainUnavailableError,
+    ContractError,
+    TransactionFailedError,
+    TransactionTimeoutError,
+)
 from bsns.chain.submitter import Submitter
 from bsns.protocol.commitments import sealed_sketch, stage_commitment
 from bsns.protocol.identifiers import ZERO_HASH, RequestId
@@ -36,8 +42,12 @@ VERIFICATION: Final = "OutputVerification"
 _OVER: Final = (RequestStatus.SETTLED, RequestStatus.REFUNDED)
 # Refusals of the contracts that mean "already done", by this process or by one before it.
 _DONE_ERRORS: Final = frozenset({"StageAlreadyCommitted", "AlreadyCommitted", "AlreadyRevealed"})
-# Blocks looked at again on each poll, against reorganisations of the newest ones.
+# Blocks looked at again where the head does not follow the one before, which may be a reorganisation.
 _OVERLAP_BLOCKS: Final = 12
+_DRAWN: Final = ("CommitteeDrawn", "RoundEscalated")
+_ATTEST: Final = "attest"
+# A request that nothing happened to is looked at this often all the same.
+_IDLE_SECONDS: Final = 60
 
 
 class ChainDuties:
@@ -58,7 +68,9 @@ class ChainDuties:
         self._settings, self._node, self._chain, self._submitter = settings, node, chain, submitter
         self._evidence, self._guard, self._reexecution, self._start = evidence, guard, reexecution, start
         self._wake = asyncio.Event()
-        self._seen_block: int | None = None
+        self._seen: Block | None = None
+        # Block time before which a duty need not be looked at, unless an event names its request.
+        self._look_again: dict[tuple[bytes, str], int] = {}
         # Requests on which a committee was drawn and which are not over; rebuilt from events at the start.
         self._watched: set[bytes] = set()
         # (request, what): one task a duty, so that a slow one holds up no other.
@@ -100,82 +112,105 @@ class ChainDuties:
             self._wake.clear()
 
     async def tick(self) -> None:
-        """Start every duty that is open at the head and not running yet."""
+        """Start every duty that may have become due and is not running yet.
+
+        A duty is looked at when an event names its request, when the time it waits for has come, and after a failure; so a
+        thousand requests that only wait out their challenge window cost nothing at each block.
+        """
         head = await self._chain.head(fresh=True)
+        if self._seen is None or head.hash != self._seen.hash:
+            await self._read_events(head)
         self.last_head = head
-        await self._watch_new(head)
         for recorded in await asyncio.to_thread(self._evidence.sealed_stages):
-            self._run(recorded.request, f"stage-{recorded.stage}", self._executor_duty(recorded))
+            self._run(
+                head, recorded.request, f"stage-{recorded.stage}", lambda item=recorded: self._executor_duty(item)
+            )
         for request_id in tuple(self._watched):
-            self._run(request_id, "attest", self._member_duty(request_id))
+            self._run(head, request_id, _ATTEST, lambda item=request_id: self._member_duty(item))
 
-    async def _watch_new(self, head: Block) -> None:
-        """Requests whose committee was drawn or enlarged since the last look."""
-        first = (
-            max(self._chain.deployment.first_block, head.number - self._settings.chain_lookback_blocks)
-            if self._seen_block is None
-            else max(self._chain.deployment.first_block, self._seen_block + 1 - _OVERLAP_BLOCKS)
-        )
-        if self._seen_block == head.number:
-            return
-        for name in ("CommitteeDrawn", "RoundEscalated"):
-            for event in await self._chain.events_since(first, head.number, name):
-                self._watched.add(bytes(event.arguments["requestId"]))
-        self._seen_block = head.number
+    async def _read_events(self, head: Block) -> None:
+        """Note which requests the blocks since the last look are about."""
+        first_block = self._chain.deployment.first_block
+        if self._seen is None:
+            first = max(first_block, head.number - self._settings.chain_lookback_blocks)
+            for name in _DRAWN:
+                for event in await self._chain.events_since(first, head.number, name):
+                    self._watched.add(bytes(event.arguments["requestId"]))
+        else:
+            follows = head.parent_hash == self._seen.hash
+            first = head.number if follows else max(first_block, self._seen.number + 1 - _OVERLAP_BLOCKS)
+            for event in await self._chain.client.events_between(first, head.number):
+                request_id = event.arguments.get("requestId")
+                if request_id is None:
+                    continue
+                if event.name in _DRAWN:
+                    self._watched.add(bytes(request_id))
+                for key in [key for key in self._look_again if key[0] == request_id]:
+                    del self._look_again[key]
+        self._seen = head
 
-    def _run(self, request_id: bytes, what: str, duty: Coroutine[Any, Any, None]) -> None:
+    def _run(self, head: Block, request_id: bytes, what: str, duty: Callable[[], Coroutine[Any, Any, int]]) -> None:
         key = (request_id, what)
-        if key in self._running:
-            duty.close()
+        if key in self._running or head.timestamp < self._look_again.get(key, 0):
             return
         task = self._start(self._guarded(request_id, what, duty))
         self._running[key] = task
         task.add_done_callback(lambda _: self._running.pop(key, None))
 
-    async def _guarded(self, request_id: bytes, what: str, duty: Coroutine[Any, Any, None]) -> None:
-        """A duty that fails is tried again at the next block; its reason is in the log."""
+    async def _guarded(self, request_id: bytes, what: str, duty: Callable[[], Coroutine[Any, Any, int]]) -> None:
+        """A duty that fails is tried again at the next look; its reason is in the log."""
+        key = (request_id, what)
+        read_at = self._seen
         try:
-            await duty
-            self._reported.pop((request_id, what), None)
+            again = await duty()
+            if self._seen is read_at:
+                # Otherwise an event may have come in between that asks for another look.
+                self._look_again[key] = again
+            self._reported.pop(key, None)
+        except TransactionFailedError as error:
+            # Another transaction of the same block changed what this one had to do, and its gas did not suffice.
+            log.info("duty_overtaken", request_id=request_id.hex(), duty=what, detail=str(error))
+            self.wake()
         except (ChainError, StorageError, SigningRefusedError, Refusal) as error:
             # Tried at each block: only a new reason is news.
-            detail = str(error)
-            if self._reported.get((request_id, what)) == type(error).__name__:
+            if self._reported.get(key) == type(error).__name__:
                 return
-            self._reported[request_id, what] = type(error).__name__
+            self._reported[key] = type(error).__name__
             postponed = isinstance(error, ChainUnavailableError | TransactionTimeoutError)
             report = log.warning if postponed else log.error
-            report(
-                "duty_postponed" if postponed else "duty_failed", request_id=request_id.hex(), duty=what, detail=detail
-            )
+            event = "duty_postponed" if postponed else "duty_failed"
+            report(event, request_id=request_id.hex(), duty=what, detail=str(error))
 
     # -- the executor
 
-    async def _executor_duty(self, recorded: RecordedStage) -> None:
+    async def _executor_duty(self, recorded: RecordedStage) -> int:
+        """Do what is due for a stage this node executed; returns the block time from which to look again without an event."""
+        now = (await self._chain.head()).timestamp
+        later = now + _IDLE_SECONDS
         request = await self._chain.request(recorded.request)
-        if request.status in _OVER or (request.status is RequestStatus.ABSENT):
-            # Absent: the block that opened it was reorganised away for good once its deadline is over; then it is
-            # forgotten by age.
-            if request.status in _OVER:
-                await asyncio.to_thread(self._evidence.forget, recorded.request)
-                self._watched.discard(recorded.request)
-            return
+        if request.status in _OVER:
+            await asyncio.to_thread(self._evidence.forget, recorded.request)
+            self._watched.discard(recorded.request)
+            return later
         record = await self._chain.stage_record(recorded.request, recorded.stage)
         if record.commitment == ZERO_HASH:
-            if request.status is RequestStatus.ROUTED:
-                await self._commit(recorded)
-            return
+            if request.status is not RequestStatus.ROUTED:
+                return later
+            await self._commit(recorded)
+            return now
         if record.revealed:
-            return
+            return later
         verification = await self._chain.verification(recorded.request)
+        if verification.phase is Phase.ATTESTING:
+            return verification.attest_deadline + 1
         first_opening = verification.round == 1 or not verification.sampled
-        head = await self._chain.head()
-        if verification.phase is Phase.REVEALING and first_opening and head.timestamp <= verification.reveal_deadline:
+        if verification.phase is Phase.REVEALING and first_opening and now <= verification.reveal_deadline:
             result = recorded.result
             await self._send(
                 recorded.request, "revealStage", recorded.stage,
                 result.evidence_root, result.sketch, result.output_tokens, result.salt,
             )  # fmt: skip
+        return later
 
     async def _commit(self, recorded: RecordedStage) -> None:
         result = recorded.result
@@ -187,20 +222,21 @@ class ChainDuties:
 
     # -- the committee member
 
-    async def _member_duty(self, request_id: bytes) -> None:
+    async def _member_duty(self, request_id: bytes) -> int:
+        """Do what is due as a committee member; returns the block time from which to look again without an event."""
+        now = (await self._chain.head()).timestamp
         request = await self._chain.request(request_id)
         verification = await self._chain.verification(request_id)
         if request.status in _OVER or verification.phase is Phase.FINAL:
             self._watched.discard(request_id)
             if not await asyncio.to_thread(self._own_stages, request_id):
                 await asyncio.to_thread(self._evidence.forget, request_id)
-            return
-        if verification.phase is Phase.ATTESTING:
+        elif verification.phase is Phase.ATTESTING:
             await self._attest(request_id, verification)
-        elif verification.phase is Phase.REVEALING and (
-            (await self._chain.head()).timestamp <= verification.reveal_deadline
-        ):
+            return verification.attest_deadline + 1
+        elif verification.phase is Phase.REVEALING and now <= verification.reveal_deadline:
             await self._reveal(request_id, verification)
+        return now + _IDLE_SECONDS
 
     async def _attest(self, request_id: bytes, verification: VerificationView) -> None:
         """Judge every stage this node sits on, then commit to all of them in one transaction."""

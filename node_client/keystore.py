@@ -129,8 +129,9 @@ class Keystore:
 
 
 def read_password(path: Path) -> str:
-    """First line of a password file of mode 600."""
-    return read_secret(path).decode().splitlines()[0] if path.stat().st_size else ""
+    """First line of a password file of mode 600; KeystoreError if there is no such file."""
+    lines = read_secret(path).decode(errors="replace").splitlines()
+    return lines[0] if lines else ""
 
 
 def create_password(path: Path) -> str:

@@ -1,8 +1,9 @@
 """A chain in memory: the second implementation of the ChainClient boundary, for property tests.
 
-Owns blocks with forks, events by block hash, a transaction pool with nonces and replacement, and faults. Promises what a real endpoint
-promises and takes the same liberties: an orphaned block's hash is unknown, transactions of orphaned blocks go back to the pool or are lost, the
-pool forgets. Executes calls by a function the test gives. Knows nothing of signatures: `SimulatedSigner` writes who sends.
+Owns blocks with forks, events by block hash, a transaction pool with nonces and replacement, and faults. Promises
+what a real endpoint promises and takes the same liberties: an orphaned block's hash is unknown, transactions of
+orphaned blocks go back to the pool or are lost, the pool forgets. Executes calls by a function the test gives. Knows
+nothing of signatures: `SimulatedSigner` writes who sends.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class SimulatedSigner:
 
 @dataclass
 class SimulatedChain:
-    """The chain. `execute` decides whether a call succeeds; it sees the calls that succeeded before it in the same fork."""
+    """The chain. `execute` decides whether a call succeeds; it sees the calls that succeeded before it in the same
+    fork.
+    """
 
     execute: Callable[[PooledTransaction, Sequence[PooledTransaction]], bool] = lambda _call, _before: True
     identity: int = 31_337
@@ -79,6 +82,8 @@ class SimulatedChain:
     faults: int = 0
     pool: dict[tuple[str, int], PooledTransaction] = field(default_factory=dict)
     _fork: int = 0
+    _sent: dict[bytes, PooledTransaction] = field(default_factory=dict)
+    _interruption: tuple[int, Callable[[], None]] | None = None
 
     def __post_init__(self) -> None:
         genesis = Block(self.first_number - 1, keccak256(b"genesis"), bytes(32), GENESIS_TIME)
@@ -87,7 +92,7 @@ class SimulatedChain:
     # ------------------------------------------------------------------------------------------------------ the test's
 
     def mine(self, *blocks: Iterable[NewEvent], take: bool = True) -> None:
-        """One block for each of `blocks` with its events; pooled transactions go into the first that may `take` them."""
+        """One block for each of `blocks` with its events; pooled transactions go into the first if they `take` any."""
         for events in blocks or ((),):
             parent = self._chain[-1].block
             self._fork += 1
@@ -102,7 +107,9 @@ class SimulatedChain:
                 _Content(
                     block,
                     tuple(
-                        ChainEvent(contract, name, arguments, block.number, block.hash, keccak256(block.hash), 2 * index)
+                        ChainEvent(
+                            contract, name, arguments, block.number, block.hash, keccak256(block.hash), 2 * index
+                        )
                         for index, (contract, name, arguments) in enumerate(events)
                     ),
                     mined,
@@ -115,11 +122,18 @@ class SimulatedChain:
         orphaned = self._chain[len(self._chain) - depth :]
         del self._chain[len(self._chain) - depth :]
         if keep_transactions:
-            for content in orphaned:
-                for mined in content.transactions:
-                    self.pool.setdefault((mined.transaction.sender, mined.transaction.nonce), mined.transaction)
+            # Some node of the network still has whatever was ever broadcast, and the next block may take that instead.
+            mined = {item.transaction.hash: item.transaction for content in orphaned for item in content.transactions}
+            others = [item for digest, item in self._sent.items() if digest not in mined]
+            for transaction in (*others, *mined.values()):
+                if transaction.nonce >= self._count(transaction.sender):
+                    self.pool.setdefault((transaction.sender, transaction.nonce), transaction)
         if blocks:
             self.mine(*blocks, take=False)
+
+    def interrupt(self, calls: int, change: Callable[[], None]) -> None:
+        """Let `change` happen just before the endpoint answers the `calls`-th question from now."""
+        self._interruption = calls, change
 
     @property
     def height(self) -> int:
@@ -140,7 +154,9 @@ class SimulatedChain:
     def spend_nonce(self, sender: str) -> None:
         """Another program with the same key sends something."""
         nonce = self._count(sender)
-        transaction = PooledTransaction(keccak256(f"foreign{nonce}".encode()), sender, nonce, "Foreign", "call", "", 0, 2**60)
+        transaction = PooledTransaction(
+            keccak256(f"foreign{nonce}".encode()), sender, nonce, "Foreign", "call", "", 0, 2**60
+        )
         self.pool[sender, nonce] = transaction
 
     # -------------------------------------------------------------------------------------------------- ChainClient's
@@ -235,7 +251,7 @@ class SimulatedChain:
             return digest
         if known is not None and fields["maxFeePerGas"] * 10 < known.fee * 11:
             raise ChainUnavailableError("the RPC endpoint refused: replacement transaction underpriced")
-        self.pool[key] = PooledTransaction(
+        self.pool[key] = self._sent[digest] = PooledTransaction(
             digest,
             *key,
             fields["contract"],
@@ -259,6 +275,11 @@ class SimulatedChain:
     # ---------------------------------------------------------------------------------------------------------- inside
 
     def _fault(self) -> None:
+        if self._interruption is not None:
+            calls, change = self._interruption
+            self._interruption = (calls - 1, change) if calls > 1 else None
+            if calls <= 1:
+                change()
         if self.faults:
             self.faults -= 1
             raise ChainUnavailableError("simulated outage")
@@ -282,9 +303,10 @@ class SimulatedChain:
 class Traffic:
     """Plausible events for blocks on top of a chain: what could happen next, given what happened on that fork."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, first_identity: int = 0) -> None:
         self._random = random.Random(seed)
-        self._serial = 0
+        # Nodes and requests are numbered; a second source of events for one chain begins elsewhere.
+        self._serial = first_identity
 
     def block(self, chain: SimulatedChain, *, above: int | None = None) -> list[NewEvent]:
         """Up to four events that may follow the events of `chain` up to block `above`."""
@@ -365,7 +387,11 @@ class Traffic:
         request = self._random.choice(opened)
         if request not in routed:
             nodes = tuple(address(number.to_bytes(20, "big")) for number in (1, 2))
-            return "InferenceEscrow", "RequestRouted", {"requestId": request, "nodes": nodes, "deadline": GENESIS_TIME + 99}
+            return (
+                "InferenceEscrow",
+                "RequestRouted",
+                {"requestId": request, "nodes": nodes, "deadline": GENESIS_TIME + 99},
+            )
         stage, node = self._random.randrange(2), address(self._random.randrange(3).to_bytes(20, "big"))
         reveal = {
             "evidenceRoot": self._random.randbytes(32),

@@ -225,7 +225,7 @@ async def _assemble(
             deployment.inference_escrow,
             deployment.output_verification,
             deployment.treasury,
-            registry[0].block_number,
+            min(registry[0].block_number, model.block_number),
         ),
         terms=await read_terms(client),
         as_of=BlockReference(as_of.number, as_of.hash),

@@ -177,7 +177,7 @@ async def _wiring(client: ChainClient, where: Deployment) -> AsyncIterator[str]:
             actual = await client.call(contract, function)
         except (ContractError, ChainUnavailableError) as error:
             yield f"{contract}.{function} does not answer ({error}): it is not one of our contracts"
-            continue
+            return
         if actual != expected:
             yield f"{contract}.{function} is {actual}, expected {expected}"
 

@@ -47,7 +47,7 @@ class RecordError(ProtocolError):
 
 @dataclass(frozen=True, slots=True)
 class ContractDomain:
-    """The deployment. `first_block` is the block of the registry's first event: the stakes are folded from there."""
+    """The deployment. `first_block` is where the registry's events or the model begin, whichever is earlier."""
 
     chain_id: int
     node_registry: ChecksumAddress

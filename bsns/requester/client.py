@@ -86,6 +86,7 @@ class RequestLimits:
     chain_patience_s: float = 30.0
     """How long a chain that does not answer is asked again."""
     session_token_lifetime_s: int = 3_600
+    evidence_query_lifetime_s: int = 300
     settlement_grace_s: float = 15.0
     """How long an overdue step is left to the coordinator's desk before it is sent from here."""
     settlement_s: float = 7_200.0
@@ -446,8 +447,9 @@ class Client:
             if not status.is_over:
                 left = int(request.deadline) - (await self.chain.head()).timestamp + 1
                 raise RefundNotDueError(
-                    f"request 0x{request_id.hex()} is {status.name.lower()}; its deposit of {request.deposit} wei can be "
-                    f"taken back in {max(left, 0)} s (after {_clock(int(request.deadline))}) if nothing happens until then",
+                    f"request 0x{request_id.hex()} is {status.name.lower()}; its deposit of {request.deposit} wei can "
+                    f"be taken back in {max(left, 0)} s (after {_clock(int(request.deadline))}) if nothing happens "
+                    "until then",
                     max(left, 0),
                 )
             if status == RequestStatus.EXPIRED:
@@ -620,7 +622,7 @@ class Client:
     def _session(self, entry: JournalEntry, route: Sequence[NodeEndpoint], chain_now: int) -> ExecutionSession:
         limits = self._limits
         # Nodes may judge the token by their clock or the chain's.
-        deadline = max(int(time.time()), chain_now) + limits.session_token_lifetime_s
+        now = max(int(time.time()), chain_now)
         return ExecutionSession(
             entry,
             route,
@@ -634,7 +636,8 @@ class Client:
                 limits.close_s,
                 limits.evidence_s,
             ),
-            deadline,
+            now + limits.session_token_lifetime_s,
+            now + limits.evidence_query_lifetime_s,
         )
 
     def _settlement(self, entry: JournalEntry, on_progress: OnProgress) -> Settlement:

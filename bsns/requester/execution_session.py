@@ -76,8 +76,8 @@ class SessionDomains:
 
 
 class ExecutionSession:
-    """A session of `entry` over `route` (one endpoint per stage). Use as `async with`; `deadline` (Unix seconds) ends
-    its token.
+    """A session of `entry` over `route` (one endpoint per stage). Use as `async with`; `deadline` ends its
+    token, `query_deadline` its evidence queries (Unix seconds).
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class ExecutionSession:
         domains: SessionDomains,
         limits: SessionLimits,
         deadline: int,
+        query_deadline: int,
     ) -> None:
         self._entry = entry
         self._route = tuple(route)
@@ -95,6 +96,7 @@ class ExecutionSession:
         self._domains = domains
         self._limits = limits
         self._deadline = deadline
+        self._query_deadline = query_deadline
         self._channels: list[grpc.aio.Channel] = []
         self._stubs: list[execution_pb2_grpc.ShardExecutionAsyncStub] = []
         self._received: list[int] = []
@@ -219,12 +221,12 @@ class ExecutionSession:
         """The digests behind the commitment of `stage`, checked against it. SessionError if the node has none or they
         do not open it.
         """
-        query = (self._entry.request_id, stage, self._deadline)
+        query = (self._entry.request_id, stage, self._query_deadline)
         digest = typed_data.signing_digest(self._domains.verification, typed_data.EVIDENCE_QUERY, query)
         request = execution_pb2.GetStageEvidenceRequest(
             request_id=self._entry.request_id,
             stage=stage,
-            deadline=self._deadline,
+            deadline=self._query_deadline,
             signature=self._signer.sign_digest(digest),
             with_inputs=False,
         )

@@ -714,6 +714,85 @@ contract NodeRegistryVerdictsTest is NodeRegistryScenario {
         registry.closeDuty(_node);
     }
 
+    function test_closeDuties_closesOneForEachEntry() public {
+        _registerActive();
+        address[] memory nodes = new address[](2);
+        (nodes[0], nodes[1]) = (_node, _node);
+        _openDuty();
+        vm.expectRevert(abi.encodeWithSelector(INodeRegistry.DutyNotOpen.selector, _node));
+        vm.prank(address(verification));
+        registry.closeDuties(nodes);
+        assertEq(registry.accountOf(_node).openDuties, 1, "all or nothing");
+        _openDuty();
+        vm.prank(address(verification));
+        registry.closeDuties(nodes);
+        assertEq(registry.accountOf(_node).openDuties, 0);
+        vm.expectRevert(abi.encodeWithSelector(INodeRegistry.NotDutyKeeper.selector, _owner));
+        vm.prank(_owner);
+        registry.closeDuties(nodes);
+    }
+
+    function test_openDuty_ofAnAbsentNode_reverts() public {
+        vm.expectRevert(abi.encodeWithSelector(INodeRegistry.WrongStatus.selector, _node, NodeStatus.Absent));
+        _openDuty();
+    }
+
+    function test_jail_ofAnAbsentKey_barsItsRegistration() public {
+        uint64 until = uint64(block.timestamp + 1 days);
+        vm.expectEmit(address(registry));
+        emit INodeRegistry.NodeJailed(_node, until);
+        _jail(until);
+        bytes memory proof = _nodeKeyProof(0, _owner, CERTIFICATE, ENDPOINT, until);
+        vm.expectRevert(
+            abi.encodeWithSelector(INodeRegistry.StillJailed.selector, _node, until, block.timestamp)
+        );
+        vm.prank(_owner);
+        registry.register{value: _stake}(_node, CERTIFICATE, ENDPOINT, until, proof);
+        vm.warp(until);
+        _register();
+    }
+
+    function test_slash_belowTheMinimum_jailsUntilToppedUp() public {
+        _registerActive();
+        _slash(_stake - registry.minimumStake() + 1, SlashReason.IncorrectOutput);
+        _assertStatus(NodeStatus.Jailed);
+        assertEq(registry.totalSortitionStake(), 0);
+    }
+
+    function test_leaveJail_stakeWarmsUpAgain() public {
+        _registerActive();
+        uint256 snapshot = block.timestamp;
+        _jail(uint64(block.timestamp + 1));
+        vm.warp(block.timestamp + 1);
+        vm.prank(_owner);
+        registry.leaveJail(_node);
+        assertEq(registry.sortitionStake(_node, snapshot), 0, "it was in no snapshot");
+        vm.warp(block.timestamp + registry.activationDelay());
+        assertEq(registry.sortitionStake(_node, block.timestamp), _stake);
+    }
+
+    function test_addStakeAndThaw_ofAJailedNode_leaveTheDenominatorAlone() public {
+        _registerActive();
+        _jail(uint64(block.timestamp + 1 days));
+        vm.startPrank(_owner);
+        registry.addStake{value: 3 ether}(_node);
+        registry.thaw(_node, 2 ether);
+        assertEq(registry.totalSortitionStake(), 0);
+        registry.beginExit(_node);
+        vm.stopPrank();
+        assertEq(registry.totalSortitionStake(), 0);
+        assertEq(registry.accountOf(_node).staked, _stake + 3 ether);
+    }
+
+    function test_addStake_whileExiting_reverts() public {
+        _registerActive();
+        vm.startPrank(_owner);
+        registry.beginExit(_node);
+        vm.expectRevert(abi.encodeWithSelector(INodeRegistry.WrongStatus.selector, _node, NodeStatus.Exiting));
+        registry.addStake{value: 1 ether}(_node);
+        vm.stopPrank();
+    }
+
     // ------------------------------------------------------------------------------------------------- authorisation
 
     function test_verificationOnly_fromOthers_reverts() public {

@@ -1,7 +1,8 @@
-"""What the coordinator's integration tests share: databases of both kinds, a deployed network, nodes that only speak the protocol.
+"""What the coordinator's integration tests share: databases of both kinds, a deployed network, nodes that only speak
+the protocol.
 
-Owns a private PostgreSQL cluster (in a temporary folder, as an unprivileged user, ended by pg_ctl) and the scripted nodes: they stake, attach,
-measure, consent, commit and reveal as real ones do, but execute nothing.
+Owns a private PostgreSQL cluster (in a temporary folder, as an unprivileged user, ended by pg_ctl) and the scripted
+nodes: they stake, attach, measure, consent, commit and reveal as real ones do, but execute nothing.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def postgresql_server() -> Iterator[str]:
             pytest.fail(f"{command[0]} failed: {(folder / 'output').read_text(errors='replace')[-2_000:]}")
 
     try:
-        run(str(programs / "initdb"), "--no-sync", "--auth=trust", "--username=bsns", "--encoding=UTF8", "-D", str(data))
+        run(
+            str(programs / "initdb"), "--no-sync", "--auth=trust", "--username=bsns", "--encoding=UTF8", "-D", str(data)
+        )
         options = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -c fsync=off"
         run(str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
         try:
@@ -329,7 +332,9 @@ class ScriptedNode:
             "OutputVerification", "revealStage", request, stage, work.evidence_root, work.sketch, work.tokens, work.salt
         )
 
-    async def attest(self, request: RequestId, round_: int, stages: list[int], *, sketch: bytes, tokens: int = 3) -> None:
+    async def attest(
+        self, request: RequestId, round_: int, stages: list[int], *, sketch: bytes, tokens: int = 3
+    ) -> None:
         """Commit attestations for `stages` in one transaction."""
         commitments = []
         for stage in stages:

@@ -41,14 +41,18 @@ class Network:
         head = await self.chain.head()
         return await self.chain.events_between(0, head.number, name=name, filters=filters or None)
 
-    async def await_event(self, name: str, timeout_s: float, **filters: Any) -> ChainEvent:
-        """The first event of that name; AssertionError with the logs' ends if it does not come."""
+    async def await_event(
+        self, name: str, timeout_s: float, *, unless: asyncio.Future[Finished] | None = None
+    ) -> ChainEvent:
+        """The first event of that name; AssertionError if it does not come, or the command `unless` ends before."""
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
-                    found = await self.events(name, **filters)
+                    ended = unless is not None and unless.done()
+                    found = await self.events(name)
                     if found:
                         return found[0]
+                    assert not (ended and unless), f"ended before {name}: {unless and unless.result()}"
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             tails = "\n\n".join(f"{child.name}:\n{child.tail()}" for child in self.devnet.processes)

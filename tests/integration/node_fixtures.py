@@ -94,6 +94,7 @@ class Network:
     requester: KeySigner
     model: Any
     plan: ShardPlan | None = None
+    password: str | None = None
     services: dict[str, NodeService] = field(default_factory=dict)
     nonce: int = 0
 
@@ -132,6 +133,7 @@ class Network:
             "reexecution_rows": 7,
             "session_linger_seconds": 5.0,
             "peer_retry_seconds": 1.0,
+            "password": self.password,
         }
         return NodeSettings(**{**values, **changed})
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import aiohttp
 
-from bsns.chain.client import Receipt, Web3ChainClient
+from bsns.chain.client import ChainClient, Receipt, Web3ChainClient
 from bsns.chain.deployment import ETHER, Deployment, EscrowTerms, RegistryTerms, Terms, VerificationTerms, deploy
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
@@ -37,10 +37,11 @@ from bsns.protocol.record import (
     RecordedTokens,
 )
 from bsns.protocol.sampling import SamplingParameters
+from bsns.requester.patient_chain import PatientChainClient
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 20.0
-ANVIL_MNEMONIC_KEYS = 8
+PATIENCE_S = 10.0
 CLASS = execution_class_id("torch-cpu/float32/sdpa")
 PROMPT = (11, 12, 13, 14, 15)
 FEE_PER_TOKEN = 10**15
@@ -221,7 +222,7 @@ class RequestInFlight:
 class RecordedNetwork:
     """Contracts, four nodes, a plan of three stages, a requester; every step of a request as a method."""
 
-    def __init__(self, anvil: Anvil, client: Web3ChainClient, deployment: Deployment, stages: int) -> None:
+    def __init__(self, anvil: Anvil, client: ChainClient, deployment: Deployment, stages: int) -> None:
         self.anvil = anvil
         self.client = client
         self.deployment = deployment
@@ -255,7 +256,8 @@ class RecordedNetwork:
                 await anvil.rpc("anvil_setBalance", account, hex(1_000 * ETHER))
             deployment = await deploy(anvil.rpc_url, deployer, terms or quick_terms())
             async with await Web3ChainClient.connect(anvil.rpc_url, deployment) as client:
-                network = cls(anvil, client, deployment, stages)
+                # Anvil may prune the block that a read was just resolved to.
+                network = cls(anvil, PatientChainClient(client, PATIENCE_S), deployment, stages)
                 await network._register()
                 await network._publish()
                 await anvil.pass_time(5)

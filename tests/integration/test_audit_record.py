@@ -15,7 +15,7 @@ from eth_utils.address import to_checksum_address
 from bsns.audit import AuditError, Check, export, show, verify, verify_bytes
 from bsns.audit.rules import RULES
 from bsns.chain.client import ChainClient
-from bsns.chain.errors import ChainError
+from bsns.chain.errors import ContractError
 from bsns.protocol.record import Disclosure, VerificationRecord
 from tests.integration.recorded_network import RecordedNetwork, RequestInFlight, key, quick_terms
 
@@ -273,10 +273,10 @@ class RememberingClient:
             if question not in self._answers:
                 try:
                     self._answers[question] = await method(*arguments, **options)
-                except ChainError as error:
+                except ContractError as error:
                     self._answers[question] = error
             answer = self._answers[question]
-            if isinstance(answer, ChainError):
+            if isinstance(answer, ContractError):
                 raise answer
             return answer
 

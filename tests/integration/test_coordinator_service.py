@@ -99,7 +99,9 @@ async def _commit(network: DeployedNetwork, nodes: list[ScriptedNode], request: 
     return executors
 
 
-async def _verify(network: DeployedNetwork, nodes: list[ScriptedNode], executors: list[ScriptedNode], request: RequestId) -> None:
+async def _verify(
+    network: DeployedNetwork, nodes: list[ScriptedNode], executors: list[ScriptedNode], request: RequestId
+) -> None:
     """Attest and reveal for everybody who is seated."""
     await eventually(lambda: _in_phase(network, request, Phase.ATTESTING), "the draw without the secret")
     seated: dict[str, list[int]] = {}
@@ -136,7 +138,9 @@ async def test_request_without_commitments_after_its_deadline_is_refunded_by_the
         await eventually(lambda: _has_status(network, request, RequestStatus.REFUNDED), "the refund")
 
 
-async def test_coordinator_killed_again_and_again_finishes_what_was_open_and_sends_nothing_twice(tmp_path: Path) -> None:
+async def test_coordinator_killed_again_and_again_finishes_what_was_open_and_sends_nothing_twice(
+    tmp_path: Path,
+) -> None:
     async with _network(tmp_path, _terms(), nodes=3) as (network, coordinator, nodes, requester, plan):
         requests = [await requester.open(plan, nonce) for nonce in range(3)]
         stop = asyncio.Event()
@@ -165,7 +169,9 @@ async def test_coordinator_killed_again_and_again_finishes_what_was_open_and_sen
 
 
 async def _assert_each_intent_once(network: DeployedNetwork, folder: Path) -> None:
-    """Every mined transaction of the publisher belongs to one intent, and every intent has at most one that succeeded."""
+    """Every mined transaction of the publisher belongs to one intent, and every intent has at most one that
+    succeeded.
+    """
     storage = Storage(f"sqlite:///{folder / 'c.sqlite'}")
     try:
         records = storage.intents(list(IntentState), 10_000)
@@ -175,7 +181,8 @@ async def _assert_each_intent_once(network: DeployedNetwork, folder: Path) -> No
                 for transaction in storage.transactions(record.sequence, nonce):
                     receipt = await network.client.receipt(transaction.hash)
                     used[record.intent.key] += receipt is not None and receipt.succeeded
-        assert used and max(used.values()) == 1, used
+        assert used
+        assert max(used.values()) == 1, used
         # The four deployments came from the same key.
         mined = await network.client.transaction_count(network.publisher.address, pending=False)
         assert mined == storage.next_nonce(network.publisher.address)
@@ -183,7 +190,9 @@ async def _assert_each_intent_once(network: DeployedNetwork, folder: Path) -> No
         storage.close()
 
 
-async def _attach_status(endpoint: str, *messages: coordination_pb2.AttachRequest, node: ScriptedNode | None = None) -> grpc.StatusCode:
+async def _attach_status(
+    endpoint: str, *messages: coordination_pb2.AttachRequest, node: ScriptedNode | None = None
+) -> grpc.StatusCode:
     async with grpc.aio.insecure_channel(endpoint) as channel:
         call: Any = coordination_pb2_grpc.NodeCoordinationStub(channel).Attach()
         challenge = (await call.read()).challenge
@@ -228,9 +237,7 @@ async def test_attach_with_wrong_words_is_refused_with_the_reason(tmp_path: Path
             unsigned.signature = bytes(65)
             message = coordination_pb2.AttachRequest(measurements=unsigned)
             assert await _attach_status(endpoint, message, node=member) == grpc.StatusCode.UNAUTHENTICATED
-            large = coordination_pb2.AttachRequest(
-                consent=coordination_pb2.PlanConsent(refusal="x" * 600_000)
-            )
+            large = coordination_pb2.AttachRequest(consent=coordination_pb2.PlanConsent(refusal="x" * 600_000))
             assert await _attach_status(endpoint, large, node=member) == grpc.StatusCode.RESOURCE_EXHAUSTED
         finally:
             assert await coordinator.stop() == 0

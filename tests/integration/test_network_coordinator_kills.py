@@ -37,7 +37,7 @@ async def test_coordinator_killed_after_every_chain_step_settles_exactly_once(tm
         command = network.request_command("a b c", tmp_path / "record.json", maximum_tokens=4)
         requesting = asyncio.ensure_future(run_command(command))
         for step in STEPS:
-            await network.await_event(step, STEP_TIMEOUT_S)
+            await network.await_event(step, STEP_TIMEOUT_S, unless=requesting)
             victim = network.devnet.coordinator.process
             victim.send_signal(signal.SIGKILL)
             await victim.wait()

@@ -79,12 +79,13 @@ async def test_node_killed_between_commit_and_reveal_reveals_after_its_restart_a
     tmp_path: Path,
 ) -> None:
     async with running_network(tmp_path, short_terms(sampling_rate_bps=0)) as network:
+        network.password = "correct horse"
         await network.fund(named_key("operator a").address)
         async with node_process(network, "a") as (process, ready):
             assert ready["event"] == "ready"
             assert ready["operator"] == named_key("operator a").address
             await network.until_active(ready["node"])
-            network.services["a"] = service = NodeService(network.settings("a", password="correct horse"))
+            network.services["a"] = service = NodeService(network.settings("a"))
             service.ready = _Endpoint(ready["endpoint"])  # type: ignore[assignment]
             plan = await network.publish_plan([("a", 0, 6)])
             opened = await network.open_request(plan, (5, 17), SamplingParameters(maximum_tokens=4))
@@ -132,8 +133,9 @@ class _Endpoint:
 
 async def test_start_that_cannot_succeed_ends_with_its_exit_code_and_says_why(tmp_path: Path) -> None:
     async with running_network(tmp_path) as network:
+        network.password = "correct horse"
         await network.fund(named_key("operator a").address)
-        settings = network.settings("a", password="correct horse")
+        settings = network.settings("a")
         from node_client.service import open_keystore
 
         open_keystore(settings).node_signer()

@@ -1,8 +1,11 @@
-"""SYNC-01: after any sequence of blocks, reorganisations and outages the stored state equals a fold over the canonical events."""
+"""SYNC-01: after any sequence of blocks, reorganisations and outages the stored state equals a fold over the
+canonical events.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -44,9 +47,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def follower_over(chain: SimulatedChain, storage: Storage, **limits: Any) -> ChainFollower:
     values = {"maximum_reorganisation_depth": _LIMIT, "batch_blocks": 3, **limits}
-    return ChainFollower(
-        chain, storage, deployment_of(chain), limits=FollowerLimits(**values), run_blocking=here
-    )
+    return ChainFollower(chain, storage, deployment_of(chain), limits=FollowerLimits(**values), run_blocking=here)
 
 
 def with_storage(template: Path, body: Callable[[Storage, Path], Awaitable[None]]) -> None:
@@ -66,6 +67,8 @@ _ACTIONS = st.lists(
         # Up to the limit below the head; the new branch shorter, as long or longer.
         st.tuples(st.just("reorganise"), st.integers(1, _LIMIT), st.integers(0, _LIMIT + 2)),
         st.tuples(st.just("follow")),
+        # The same while the follower is in the middle of its reading.
+        st.tuples(st.just("overtaken"), st.integers(1, 12), st.integers(1, 3), st.integers(1, 5)),
         st.tuples(st.just("fail"), st.integers(1, 6)),
         st.tuples(st.just("restart")),
     ),
@@ -100,7 +103,8 @@ def test_follower_through_any_reorganisations_stores_the_fold_of_canonical_event
                     for _ in range(count):
                         chain.mine(traffic.block(chain))
                 case ("reorganise", depth, length):
-                    # The first stored block stays, and no reorganisation goes deeper than the limit below what was stored.
+                    # The first stored block stays, and no reorganisation goes deeper than the limit below what was
+                    # stored.
                     floor = max(followed - _LIMIT, 1)
                     depth = min(depth, max(0, chain.height - floor))
                     if depth:
@@ -109,11 +113,26 @@ def test_follower_through_any_reorganisations_stores_the_fold_of_canonical_event
                             chain.mine(traffic.block(chain))
                 case ("follow",):
                     await follow()
+                case ("overtaken", calls, depth, length):
+
+                    def change(depth: int = depth, length: int = length) -> None:
+                        cursor = storage.cursor()
+                        stored = 1 if cursor is None else cursor.number
+                        floor = max(max(followed, stored) - _LIMIT, 1)
+                        depth = min(depth, max(0, chain.height - floor))
+                        if depth:
+                            chain.reorganise(depth)
+                            for _ in range(length):
+                                chain.mine(traffic.block(chain))
+
+                    chain.interrupt(calls, change)
+                    await follow()
                 case ("fail", count):
                     chain.faults = count
                 case ("restart",):
                     follower = follower_over(chain, storage)
         chain.faults = 0
+        chain.interrupt(1_000_000, lambda: None)
         if chain.height < followed:
             chain.mine(*([()] * (followed - chain.height + 1)))
         await follower.catch_up()
@@ -192,9 +211,7 @@ def test_follower_during_an_outage_pauses_ever_longer_and_says_it_is_not_synced(
                 raise EnoughError
 
         limits = FollowerLimits(poll_seconds=0.25, backoff_seconds=1, backoff_maximum_seconds=10)
-        follower = ChainFollower(
-            chain, storage, deployment_of(chain), limits=limits, run_blocking=here, pause=pause
-        )
+        follower = ChainFollower(chain, storage, deployment_of(chain), limits=limits, run_blocking=here, pause=pause)
         chain.mine()
         with pytest.raises(EnoughError):
             await follower.run()
@@ -211,7 +228,7 @@ def test_follower_meeting_an_unknown_event_stops_and_names_it(template: Path) ->
         chain.mine([("NodeRegistry", "NodeTeleported", {"node": address(bytes(20))})])
         follower = follower_over(chain, storage)
         storage.bind(deployment_of(chain))
-        with pytest.raises(UnknownEventError, match="NodeRegistry.NodeTeleported"):
+        with pytest.raises(UnknownEventError, match=r"NodeRegistry\.NodeTeleported"):
             await follower.run()
         assert storage.cursor() is None
 
@@ -256,3 +273,40 @@ def test_follower_while_the_disk_is_full_keeps_what_it_has_and_goes_on_afterward
         assert storage.history() == chain.history()
 
     with_storage(template, body)
+
+
+def test_follower_overtaken_by_a_reorganisation_at_any_question_stores_the_new_branch(template: Path) -> None:
+    questions = 0
+    for depth in range(1, 5):
+        for at in range(1, 40):
+            done: list[bool] = []
+
+            async def body(storage: Storage, _path: Path) -> None:
+                chain, traffic = SimulatedChain(), Traffic(at)  # noqa: B023
+                for _ in range(3):
+                    chain.mine(traffic.block(chain))
+                follower = follower_over(chain, storage, batch_blocks=8)
+                storage.bind(deployment_of(chain))
+                await follower.catch_up()
+                for _ in range(4):
+                    chain.mine(traffic.block(chain))
+
+                def change() -> None:
+                    done.append(True)  # noqa: B023
+                    chain.reorganise(depth)  # noqa: B023
+                    for _ in range(depth + 1):  # noqa: B023
+                        chain.mine(traffic.block(chain))
+
+                chain.interrupt(at, change)  # noqa: B023
+                for _ in range(2):
+                    with contextlib.suppress(UnknownBlockError):
+                        await follower.catch_up()
+                chain.interrupt(1_000_000, lambda: None)
+                await follower.catch_up()
+                assert storage.history() == chain.history()
+                assert storage.network_state() == fold(NetworkState(), chain.history())
+
+            with_storage(template, body)
+            questions += len(done)
+    print(f"questions overtaken: {questions}, events lost 0, doubled 0")
+    assert questions > 60

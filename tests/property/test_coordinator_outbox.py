@@ -26,7 +26,7 @@ _LIMITS = OutboxLimits(
 )
 
 
-class Crash(BaseException):  # noqa: N818 - a kill is no error that anybody may handle
+class Crash(BaseException):
     """kill -9."""
 
 
@@ -106,7 +106,7 @@ class World:
         for _ in range(60):
             for intent in intents:
                 await self.attempt(lambda: self.outbox.want(intent))  # noqa: B023
-            await self.attempt(lambda: self.outbox.step())
+            await self.attempt(self.outbox.step)
             self.now += 3
             self.chain.mine()
             states = [record.state for record in self.storage.intents(list(IntentState), 1_000)]
@@ -131,18 +131,18 @@ def test_intents_with_a_kill_at_every_point_take_effect_exactly_once(template: P
 
     async def scenario(world: World) -> None:
         await world.attempt(lambda: world.outbox.want(intents[0]))
-        await world.attempt(lambda: world.outbox.step())
+        await world.attempt(world.outbox.step)
         # Lost by the pool, replaced for its price, taken back by a reorganisation: the kill may fall on any of it.
         world.chain.drop_pool()
         world.now += 6
         await world.attempt(lambda: world.outbox.want(intents[1]))
-        await world.attempt(lambda: world.outbox.step())
+        await world.attempt(world.outbox.step)
         world.now += 20
-        await world.attempt(lambda: world.outbox.step())
+        await world.attempt(world.outbox.step)
         world.chain.mine()
-        await world.attempt(lambda: world.outbox.step())
+        await world.attempt(world.outbox.step)
         world.chain.reorganise(1, ())
-        await world.attempt(lambda: world.outbox.step())
+        await world.attempt(world.outbox.step)
         await world.settle(intents)
         _once_each(world, intents)
 
@@ -187,9 +187,9 @@ def test_intents_through_any_weather_take_effect_exactly_once(template: Path, ac
             match action:
                 case ("want", number):
                     wanted[intent(number).key] = intent(number)
-                    await world.attempt(lambda: world.outbox.want(intent(number)))  # noqa: B023
+                    await world.attempt(lambda: world.outbox.want(intent(number)))
                 case ("step",):
-                    await world.attempt(lambda: world.outbox.step())
+                    await world.attempt(world.outbox.step)
                 case ("mine",):
                     world.chain.mine()
                 case ("reorganise", keep, length):
@@ -296,5 +296,32 @@ def test_mined_transaction_after_a_rollback_of_its_block_is_followed_up_again(te
         storage.mark_unmined(record.sequence)
         await world.settle([intent(1)])
         _once_each(world, [intent(1)])
+
+    with_storage(template, body)
+
+
+def test_nonce_used_by_another_program_is_given_up_only_when_that_is_confirmed(template: Path) -> None:
+    async def body(storage: Storage, _path: Path) -> None:
+        world = World(storage, CrashPlan(None))
+        await world.outbox.want(intent(1))
+        await world.outbox.step()
+        # The other program's transaction takes the nonce, for one block only.
+        world.chain.spend_nonce(SimulatedSigner().address)
+        world.chain.mine()
+        for _ in range(3):
+            await world.outbox.step()
+        record = storage.intent("test/1")
+        assert record is not None
+        assert record.nonce == 0
+        world.chain.reorganise(1, ())
+        await world.settle([intent(1)])
+        _once_each(world, [intent(1)])
+        # This time it stays.
+        await world.outbox.want(intent(2))
+        await world.outbox.step()
+        world.chain.spend_nonce(SimulatedSigner().address)
+        world.chain.mine()
+        await world.settle([intent(1), intent(2)])
+        _once_each(world, [intent(1), intent(2)])
 
     with_storage(template, body)

@@ -31,7 +31,9 @@ def _reveal(sketch: bytes = bytes(32), tokens: int = 3) -> Reveal:
     return Reveal(bytes(32), sketch, tokens, bytes(32))
 
 
-def _member(number: int, stake: int = 1, reveal: Reveal | None = None, round_: int = 1, stage: int = 0) -> AttestationState:
+def _member(
+    number: int, stake: int = 1, reveal: Reveal | None = None, round_: int = 1, stage: int = 0
+) -> AttestationState:
     return AttestationState(round_, stage, f"node-{number}", bytes(32), stake, reveal)
 
 
@@ -184,7 +186,12 @@ def test_refund_is_wanted_after_the_deadline_unless_the_request_is_finished(stat
     assert [item.function for item in intents] == ([] if status.is_finished else ["claimRefund"])
 
 
-@given(now=st.integers(0, 2 * _DEADLINE), phase=st.sampled_from(Phase), status=st.sampled_from(RequestStatus), concluded=st.booleans())
+@given(
+    now=st.integers(0, 2 * _DEADLINE),
+    phase=st.sampled_from(Phase),
+    status=st.sampled_from(RequestStatus),
+    concluded=st.booleans(),
+)
 def test_equal_views_want_equal_intents_with_distinct_keys(
     now: int, phase: Phase, status: RequestStatus, concluded: bool
 ) -> None:

@@ -28,9 +28,9 @@ def _node(number: int, times: tuple[int, int, int], memory: int) -> NodeCapabili
 _units = st.lists(st.tuples(st.sampled_from(_KINDS), st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=7).map(
     lambda items: [_unit(index, *item) for index, item in enumerate(items)]
 )
-_nodes = st.lists(
-    st.tuples(st.tuples(*[st.integers(0, 9)] * 3), st.integers(1, 40)), min_size=1, max_size=5
-).map(lambda items: [_node(index + 1, *item) for index, item in enumerate(items)])
+_nodes = st.lists(st.tuples(st.tuples(*[st.integers(0, 9)] * 3), st.integers(1, 40)), min_size=1, max_size=5).map(
+    lambda items: [_node(index + 1, *item) for index, item in enumerate(items)]
+)
 
 
 def _every_way(units: int, positions: int, stages: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -24,7 +24,12 @@ _MEASUREMENTS = st.builds(
     execution_class=st.binary(min_size=32, max_size=32),
     memory_bytes=_SIZES,
     unit_timings=st.lists(
-        st.builds(UnitTiming, st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1, max_size=9), _SIZES, _SIZES),
+        st.builds(
+            UnitTiming,
+            st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1, max_size=9),
+            _SIZES,
+            _SIZES,
+        ),
         min_size=1,
         max_size=4,
         unique_by=lambda item: item.unit_kind,

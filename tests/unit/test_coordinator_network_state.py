@@ -67,8 +67,12 @@ def _opened() -> ChainEvent:
     return _event("InferenceEscrow", "RequestOpened", {item["name"]: _sample(item) for item in abi["inputs"]})
 
 
-@pytest.mark.parametrize(("contract", "abi"), _declared(), ids=lambda value: value if isinstance(value, str) else value["name"])
-def test_apply_of_every_event_in_the_abis_changes_its_aggregate_and_no_other(contract: str, abi: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("contract", "abi"), _declared(), ids=lambda value: value if isinstance(value, str) else value["name"]
+)
+def test_apply_of_every_event_in_the_abis_changes_its_aggregate_and_no_other(
+    contract: str, abi: dict[str, Any]
+) -> None:
     event = _event(contract, abi["name"], {item["name"]: _sample(item) for item in abi["inputs"]})
     routed = _event(
         "InferenceEscrow", "RequestRouted", {"requestId": bytes(32), "nodes": (address(bytes(20)),), "deadline": 5}

@@ -21,9 +21,7 @@ def _node(number: int, memory: int = 10**9, times: dict[str, int] | None = None)
 
 def _measured(number: int, factor: int = 1) -> NodeMeasurements:
     timings = tuple(UnitTiming(kind, factor * time, time) for kind, time in _TIMES.items())
-    return NodeMeasurements(
-        ModelId(bytes(32)), address(number.to_bytes(20, "big")), 1, EXECUTION_CLASS, 10**9, timings
-    )
+    return NodeMeasurements(ModelId(bytes(32)), address(number.to_bytes(20, "big")), 1, EXECUTION_CLASS, 10**9, timings)
 
 
 def test_unit_costs_of_a_manifest_give_blocks_the_cache_of_all_sessions() -> None:
@@ -88,5 +86,7 @@ def test_compute_plan_in_any_order_of_measurements_gives_one_root() -> None:
 
 def test_plan_chain_with_as_many_units_as_a_large_model_takes_a_moment() -> None:
     manifest = tiny_manifest(blocks=98)
-    partition = plan_chain(unit_costs(manifest), [_node(number, times={**_TIMES, "block": 9 + number % 3}) for number in range(1, 33)])
+    partition = plan_chain(
+        unit_costs(manifest), [_node(number, times={**_TIMES, "block": 9 + number % 3}) for number in range(1, 33)]
+    )
     assert len(partition.stages) == 32

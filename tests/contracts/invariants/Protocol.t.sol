@@ -21,6 +21,14 @@ contract ProtocolInvariantTest is ProtocolHandler {
         _check();
     }
 
+    function test_handler_performsEveryActionInARun() public {
+        for (uint256 i = 0; i < RUN; i++) {
+            this.step(uint256(keccak256(abi.encode(i))));
+            _check();
+        }
+        _finish();
+    }
+
     /// MONEY-03, and the honesty of the handler: a run in which an action was never performed fails.
     function afterInvariant() public {
         _finish();

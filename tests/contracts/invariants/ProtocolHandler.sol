@@ -52,7 +52,8 @@ abstract contract ProtocolHandler is Swarm {
     uint256 private constant STAGES = 2;
     uint256 private constant R = 32;
     uint256 private constant TAU = 64;
-    /// Steps after which actions never performed yet come first, so that each run performs each.
+    /// Steps of a run, as foundry.toml has it; after the free ones, actions never performed yet come first.
+    uint256 internal constant RUN = 64;
     uint256 private constant FREE_STEPS = 36;
 
     uint256[ACTIONS] public counts;
@@ -527,12 +528,12 @@ abstract contract ProtocolHandler is Swarm {
         _ledger.checkVerdicts(this.claimOf);
     }
 
-    /// @dev A run in which an action was never performed fails.
+    /// @dev A run in which an action was never performed fails. What is shorter than a run is the replay of a shrunk failure.
     function _finish() internal {
-        for (uint256 i = 0; i < ACTIONS; i++) {
+        for (uint256 i = 0; i < ACTIONS && _steps >= RUN; i++) {
             assertGt(counts[i], 0, string.concat("action never performed: ", vm.toString(i)));
         }
-        assertGt(guardedTallies, 0, "no tally with an honest majority");
+        if (_steps >= RUN) assertGt(guardedTallies, 0, "no tally with an honest majority");
         vm.warp(_clock + 365 days);
         _ledger.finish();
     }

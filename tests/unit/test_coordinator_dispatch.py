@@ -1,0 +1,100 @@
+"""The node pool and the choice of a route."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from bsns.protocol.identifiers import ModelId, PlanId, RequestId, address
+from bsns.protocol.plan import Assignment
+from bsns.v1 import coordination_pb2
+from coordinator.dispatch import NodePool, PoolLimits
+from coordinator.dispatch.node_pool import PoolFullError
+from coordinator.dispatch.request_routing import choose_route, node_load
+from coordinator.network_state import PlanState, RequestState, RequestStatus, StageState
+
+_LIMITS = PoolLimits(attached_nodes=2, heartbeat_seconds=2, missed_heartbeats=3, queued_messages=2)
+
+
+class _Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _node(number: int) -> str:
+    return address(number.to_bytes(20, "big"))
+
+
+def _plan(*replicas: int) -> PlanState:
+    numbers = itertools.count(1)
+    assignments = tuple(
+        Assignment(stage, replica, stage, stage + 1, address(next(numbers).to_bytes(20, "big")), 1, bytes(32))
+        for stage, count in enumerate(replicas)
+        for replica in range(count)
+    )
+    return PlanState(PlanId(bytes(32)), ModelId(bytes(32)), "p", 0, 0, 1, bytes(32), bytes(32), assignments)
+
+
+def test_node_silent_for_three_heartbeats_is_given_up() -> None:
+    clock = _Clock()
+    pool = NodePool(_LIMITS, clock)
+    attached = pool.attach("a")
+    clock.now = 6.0
+    assert set(pool.live()) == {"a"}
+    pool.heartbeat(attached, coordination_pb2.Heartbeat(sequence=1, open_sessions=4))
+    clock.now = 12.0
+    assert pool.live()["a"].open_sessions == 4
+    clock.now = 12.1
+    assert pool.live() == {}
+    assert attached.closed.is_set()
+    assert pool.seconds_unchanged == 0
+
+
+def test_node_attaching_again_replaces_its_old_attachment() -> None:
+    pool = NodePool(_LIMITS, _Clock())
+    old = pool.attach("a")
+    new = pool.attach("a")
+    assert old.closed.is_set()
+    assert not new.closed.is_set()
+    pool.detach(old)
+    assert set(pool.live()) == {"a"}
+
+
+def test_pool_at_its_limit_takes_no_more() -> None:
+    pool = NodePool(_LIMITS, _Clock())
+    pool.attach("a")
+    pool.attach("b")
+    with pytest.raises(PoolFullError):
+        pool.attach("c")
+    pool.attach("b")
+
+
+def test_node_that_does_not_read_is_given_up_when_its_queue_is_full() -> None:
+    pool = NodePool(_LIMITS, _Clock())
+    pool.attach("a")
+    message = coordination_pb2.AttachResponse()
+    assert [pool.tell("a", message) for _ in range(3)] == [True, True, False]
+    assert pool.live() == {}
+    assert not pool.tell("a", message)
+
+
+def test_route_takes_the_least_loaded_replica_and_breaks_ties_by_address() -> None:
+    plan = _plan(3, 1)
+    able = {_node(number) for number in (1, 2, 3, 4)}
+    route = choose_route(plan, able, {_node(1): 2, _node(2): 1, _node(3): 1})
+    assert route is not None
+    assert [item.node for item in route] == [_node(2), _node(4)]
+    assert choose_route(plan, able - {_node(4)}, {}) is None
+
+
+def test_node_load_counts_requests_in_execution_only() -> None:
+    stages = (StageState(0, "a"), StageState(1, "b"))
+    request = RequestState(
+        RequestId(bytes(32)), "r", PlanId(bytes(32)), RequestStatus.ROUTED, 0, 0, 0, 0, 0, 0, 0, b"", b"", stages
+    )
+    settled = dataclasses.replace(request, status=RequestStatus.SETTLED)
+    assert node_load([request, request, settled]) == {"a": 2, "b": 2}

@@ -1,0 +1,183 @@
+"""Settings and key files: sources, ranges, secrets; the CLI's answers to wrong use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from eth_account import Account
+from typer.testing import CliRunner
+
+from bsns.chain.signer import KeySigner
+from coordinator.cli import app
+from coordinator.settings import SettingsError, is_loopback, load_key, load_settings, masked_url
+from coordinator.storage import migrate
+from tests.integration.coordinator_fixtures import tiny_manifest
+
+_KEY = bytes([7]) * 32
+
+
+@pytest.fixture(autouse=True)
+def _no_outer_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("BSNS_COORDINATOR_"):
+            monkeypatch.delenv(name)
+    # load_settings sets it for --config; this puts it back afterwards.
+    monkeypatch.setenv("BSNS_COORDINATOR_CONFIG_FILE", "")
+
+
+def _options(**changes: Any) -> dict[str, Any]:
+    return {
+        "rpc_url": "http://127.0.0.1:8545",
+        "deployment": Path("deployment.json"),
+        "database_url": "sqlite:///c.sqlite",
+        "key_file": Path("publisher.key"),
+        "fee_per_token": 5,
+        **changes,
+    }
+
+
+def test_settings_from_option_environment_and_file_take_the_strongest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "coordinator.toml"
+    config.write_text("minimum_nodes = 2\nreplicas = 2\nheartbeat_seconds = 5.0\n")
+    monkeypatch.setenv("BSNS_COORDINATOR_REPLICAS", "3")
+    monkeypatch.setenv("BSNS_COORDINATOR_HEARTBEAT_SECONDS", "4")
+    settings = load_settings(config, **_options(heartbeat_seconds=3.0, minimum_nodes=None))
+    assert (settings.minimum_nodes, settings.replicas, settings.heartbeat_seconds) == (2, 3, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"listen": "nowhere"}, "listen"),
+        ({"listen": "0.0.0.0:5000"}, "certificate_file"),
+        ({"certificate_file": Path("a.pem")}, "certificate_key_file"),
+        ({"fee_per_token": -1}, "fee_per_token"),
+        ({"fee_per_token": None}, "fee_per_token"),
+        ({"minimum_nodes": 0}, "minimum_nodes"),
+        ({"maximum_reorganisation_depth": 2}, "transaction_confirmations"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingsError, match=named):
+        load_settings(**_options(**changes))
+
+
+def test_settings_shown_hold_no_secret() -> None:
+    settings = load_settings(
+        **_options(
+            database_url="postgresql://bsns:hunter2@db/bsns",
+            rpc_url="https://rpc.example/?key=hunter2",
+            keystore_password="hunter2",
+        )
+    )
+    assert "hunter2" not in json.dumps(settings.shown())
+    assert "hunter2" not in repr(settings.keystore_password)
+    assert masked_url("sqlite:///folder/c.sqlite") == "sqlite:///folder/c.sqlite"
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [("127.0.0.1:1", True), ("[::1]:1", True), ("localhost:1", True), ("0.0.0.0:1", False), ("host:1", False)],
+)
+def test_is_loopback_knows_loopback_addresses(where: str, expected: bool) -> None:
+    assert is_loopback(where) is expected
+
+
+def _key_file(folder: Path, content: str, mode: int = 0o600) -> Path:
+    path = folder / "key"
+    path.write_text(content)
+    path.chmod(mode)
+    return path
+
+
+def test_load_key_reads_raw_hex_and_keystores(tmp_path: Path) -> None:
+    expected = KeySigner(_KEY).address
+    assert load_key(_key_file(tmp_path, "0x" + _KEY.hex() + "\n")).address == expected
+    keystore = json.dumps(Account.encrypt(_KEY, "secret", kdf="pbkdf2", iterations=10))
+    path = _key_file(tmp_path, keystore)
+    assert load_key(path, "secret").address == expected
+    password = tmp_path / "password"
+    password.write_text("secret\n")
+    assert load_key(path, None, password).address == expected
+    for wrong in (None, "other"):
+        with pytest.raises(SettingsError):
+            load_key(path, wrong)
+
+
+@pytest.mark.parametrize("content", ["", "0x12", "not hex", "{}", '{"crypto": 1}'])
+def test_load_key_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
+    with pytest.raises(SettingsError):
+        load_key(_key_file(tmp_path, content), "secret")
+
+
+def test_load_key_that_others_may_read_is_refused_with_the_command_to_fix_it(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="chmod 600"):
+        load_key(_key_file(tmp_path, _KEY.hex(), 0o640))
+    with pytest.raises(SettingsError, match="cannot be read"):
+        load_key(tmp_path / "missing")
+
+
+def test_cli_without_settings_ends_with_usage_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", "--config", str(tmp_path / "missing.toml")])
+    assert result.exit_code == 2
+    result = CliRunner().invoke(app, ["serve"])
+    assert result.exit_code == 2
+    assert "rpc_url" in result.stderr
+
+
+def test_cli_print_config_masks_and_does_not_start() -> None:
+    arguments = [
+        *("serve", "--print-config", "--rpc", "http://127.0.0.1:1", "--deployment", "d.json"),
+        *("--database-url", "postgresql://u:hunter2@h/n", "--key-file", "k", "--fee-per-token", "3"),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["fee_per_token"] == 3
+    assert "hunter2" not in result.stdout
+
+
+def test_cli_migrate_status_and_plan_on_an_empty_database_say_what_is_there(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'c.sqlite'}"
+    result = CliRunner().invoke(app, ["status", "--database-url", url, "--json"])
+    assert result.exit_code == 3
+    assert "migrate" in result.stderr
+    assert CliRunner().invoke(app, ["migrate", "--database-url", url]).exit_code == 0
+    result = CliRunner().invoke(app, ["status", "--database-url", url, "--json"])
+    assert json.loads(result.stdout)["nodes"] == []
+    assert CliRunner().invoke(app, ["status", "--database-url", url]).exit_code == 0
+    manifest = tmp_path / "manifest.json"
+    manifest.write_bytes(tiny_manifest().to_bytes())
+    result = CliRunner().invoke(app, ["plan", "--database-url", url, "--manifest", str(manifest)])
+    assert result.exit_code == 2
+    assert "nodes" in result.stderr
+    manifest.write_text("{}")
+    assert CliRunner().invoke(app, ["plan", "--database-url", url, "--manifest", str(manifest)]).exit_code == 2
+    migrate(url, "base")
+
+
+def test_cli_deploy_does_not_overwrite_a_deployment(tmp_path: Path) -> None:
+    deployment = tmp_path / "deployment.json"
+    deployment.write_text("{}")
+    arguments = ["--rpc", "http://127.0.0.1:1", "--key-file", "k", "--deployment", str(deployment)]
+    result = CliRunner().invoke(app, ["deploy", *arguments])
+    assert result.exit_code == 2
+    assert deployment.read_text() == "{}"
+
+
+def test_cli_with_an_endpoint_that_does_not_answer_ends_with_unavailable(tmp_path: Path) -> None:
+    key = _key_file(tmp_path, _KEY.hex())
+    arguments = ["--rpc", "http://127.0.0.1:1", "--key-file", str(key), "--deployment", str(tmp_path / "d.json")]
+    result = CliRunner().invoke(app, ["deploy", *arguments])
+    assert result.exit_code == 4
+    terms = tmp_path / "terms.json"
+    terms.write_text('{"registry": {"surprise": 1}}')
+    result = CliRunner().invoke(app, ["deploy", *arguments, "--terms-file", str(terms)])
+    assert result.exit_code == 2
