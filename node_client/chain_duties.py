@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -114,19 +115,24 @@ class ChainDuties:
     async def tick(self) -> None:
         """Start every duty that may have become due and is not running yet.
 
-        A duty is looked at when an event names its request, when the time it waits for has come, and after a failure; so a
-        thousand requests that only wait out their challenge window cost nothing at each block.
+        A duty is looked at when an event names its request, when the time it waits for has come, and after a failure;
+        so a thousand requests that only wait out their challenge window cost nothing at each block.
         """
         head = await self._chain.head(fresh=True)
         if self._seen is None or head.hash != self._seen.hash:
             await self._read_events(head)
         self.last_head = head
+        duties: dict[tuple[bytes, str], Callable[[], Coroutine[Any, Any, int]]] = {}
         for recorded in await asyncio.to_thread(self._evidence.sealed_stages):
-            self._run(
-                head, recorded.request, f"stage-{recorded.stage}", lambda item=recorded: self._executor_duty(item)
-            )
-        for request_id in tuple(self._watched):
-            self._run(head, request_id, _ATTEST, lambda item=request_id: self._member_duty(item))
+            duties[recorded.request, f"stage-{recorded.stage}"] = partial(self._executor_duty, recorded)
+        for request_id in self._watched:
+            duties[request_id, _ATTEST] = partial(self._member_duty, request_id)
+        for key in self._look_again.keys() - duties.keys():
+            del self._look_again[key]
+        for key in self._reported.keys() - duties.keys():
+            del self._reported[key]
+        for (request_id, what), duty in duties.items():
+            self._run(head, request_id, what, duty)
 
     async def _read_events(self, head: Block) -> None:
         """Note which requests the blocks since the last look are about."""
@@ -184,13 +190,12 @@ class ChainDuties:
     # -- the executor
 
     async def _executor_duty(self, recorded: RecordedStage) -> int:
-        """Do what is due for a stage this node executed; returns the block time from which to look again without an event."""
+        """Do what is due for a stage this node executed; returns the block time from which to look again."""
         now = (await self._chain.head()).timestamp
         later = now + _IDLE_SECONDS
         request = await self._chain.request(recorded.request)
         if request.status in _OVER:
-            await asyncio.to_thread(self._evidence.forget, recorded.request)
-            self._watched.discard(recorded.request)
+            await self._forget(recorded.request)
             return later
         record = await self._chain.stage_record(recorded.request, recorded.stage)
         if record.commitment == ZERO_HASH:
@@ -230,7 +235,7 @@ class ChainDuties:
         if request.status in _OVER or verification.phase is Phase.FINAL:
             self._watched.discard(request_id)
             if not await asyncio.to_thread(self._own_stages, request_id):
-                await asyncio.to_thread(self._evidence.forget, request_id)
+                await self._forget(request_id)
         elif verification.phase is Phase.ATTESTING:
             await self._attest(request_id, verification)
             return verification.attest_deadline + 1
@@ -298,6 +303,11 @@ class ChainDuties:
                 request_id, "revealAttestation", stage,
                 result.evidence_root, result.sketch, result.output_tokens, result.salt,
             )  # fmt: skip
+
+    async def _forget(self, request_id: bytes) -> None:
+        """Nothing can change about the request any more."""
+        await asyncio.to_thread(self._evidence.forget, request_id)
+        self._watched.discard(request_id)
 
     def _own_stages(self, request_id: bytes) -> bool:
         return any(item.request == request_id for item in self._evidence.sealed_stages())

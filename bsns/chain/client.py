@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_S = 10.0
 GAS_MARGIN_PERCENT = 120  # an estimate on the pending block can be too low by the time the transaction is mined
+# The last commitment, attestation or tally of a request does the work that concludes the step. Which one is the last is
+# decided by the order in the block, after all of them were estimated. Unused gas costs nothing.
+GAS_HEADROOM = 250_000
 PRIORITY_FEE_WEI = 10**9
 RECEIPT_POLL_S = 0.1
 DEPLOY_TIMEOUT_S = 60.0
@@ -375,7 +378,7 @@ async def _complete(
         "type": 2,
         "chainId": chain_id,
         "nonce": nonce,
-        "gas": estimate * GAS_MARGIN_PERCENT // 100,
+        "gas": estimate * GAS_MARGIN_PERCENT // 100 + (GAS_HEADROOM if "data" in call else 0),
         "maxFeePerGas": 2 * block["baseFeePerGas"] + PRIORITY_FEE_WEI,
         "maxPriorityFeePerGas": PRIORITY_FEE_WEI,
     }

@@ -207,6 +207,40 @@ contract EquivocationAttackTest is AttackScenario {
         _assertRequest(id, RequestStatus.Settled);
     }
 
+    /// A request that lapsed before all its stages had committed is no hiding place.
+    function test_EQUIV_01_afterTheRequestLapsedInEachStatus() public {
+        uint256 state = vm.snapshotState();
+        for (uint256 acts = 0; acts < 4; acts++) {
+            RequestId id = _newRequest(_plan);
+            if (acts > 0) _commitStage(id, 0, _truth(id, 0));
+            if (acts > 1) _commitStage(id, 1, _truth(id, 1));
+            if (acts > 2) _draw(id);
+            vm.warp(uint256(escrow.requestOf(id).deadline) + 1);
+            escrow.claimRefund(id);
+            _report(HandOver(id, 0, true, 4, "a"), HandOver(id, 0, true, 4, "b"), 0);
+            assertEq(registry.accountOf(_hot(0)).staked, 0);
+            _assertRequest(id, RequestStatus.Refunded);
+            vm.revertToState(state);
+        }
+    }
+
+    /// Between the lapse of a request and the claim of its refund, the report itself makes the refund.
+    function test_EQUIV_01_afterTheDeadlineBeforeTheClaim_refunds() public {
+        uint256 state = vm.snapshotState();
+        for (uint256 acts = 0; acts < 4; acts++) {
+            RequestId id = _newRequest(_plan);
+            if (acts > 0) _commitStage(id, 0, _truth(id, 0));
+            if (acts > 1) _commitStage(id, 1, _truth(id, 1));
+            if (acts > 2) _draw(id);
+            uint256 deposit = escrow.requestOf(id).deposit;
+            vm.warp(uint256(escrow.requestOf(id).deadline) + 1);
+            _report(HandOver(id, 0, true, 4, "a"), HandOver(id, 0, true, 4, "b"), 0);
+            assertEq(registry.accountOf(_hot(0)).staked, 0);
+            assertEq(escrow.creditOf(requester), deposit);
+            vm.revertToState(state);
+        }
+    }
+
     function test_EQUIV_01_reportedTwice_reverts() public {
         RequestId id = _newRequest(_plan);
         _report(HandOver(id, 0, true, 4, "a"), HandOver(id, 0, true, 4, "b"), 0);

@@ -17,13 +17,14 @@ import pytest
 
 from bsns.chain.deployment import Terms
 from bsns.chain.submitter import Submitter
-from bsns.protocol.identifiers import ZERO_HASH, RequestId
-from bsns.v1 import coordination_pb2, coordination_pb2_grpc
+from bsns.protocol.identifiers import ZERO_HASH, RequestId, model_id
+from bsns.v1 import common_pb2, coordination_pb2, coordination_pb2_grpc
 from coordinator.network_state import RequestStatus
 from coordinator.storage import IntentState, Storage
 from coordinator.verification_desk import Phase
 from tests.anvil import running_anvil
 from tests.integration.coordinator_fixtures import (
+    EXECUTION_CLASS,
     CoordinatorProcess,
     DeployedNetwork,
     Requester,
@@ -278,11 +279,52 @@ async def _status(folder: Path) -> dict[str, Any]:
     return status
 
 
-async def test_request_of_a_foreign_plan_is_left_alone(tmp_path: Path) -> None:
-    async with _network(tmp_path, _terms(), nodes=2) as (network, _, _, requester, plan):
-        request = await requester.open(plan, 1)
-        await eventually(lambda: _has_status(network, request, RequestStatus.ROUTED), "the route")
-        manifest = tiny_manifest("other")
-        await Submitter(network.client, requester.key).submit(
-            "ShardAssignments", "registerModel", manifest.manifest_hash, manifest.weight_root, 6, manifest.name
-        )
+async def test_request_of_a_foreign_plan_is_left_alone_and_said_so(tmp_path: Path) -> None:
+    async with _network(tmp_path, _terms(), nodes=2) as (network, coordinator, nodes, requester, plan):
+        foreign = await requester.open(await _foreign_plan(network, nodes[0], requester), 1)
+        own = await requester.open(plan, 2)
+        await eventually(lambda: _has_status(network, own, RequestStatus.ROUTED), "the route of our own plan's request")
+        assert await _has_status(network, foreign, RequestStatus.OPEN)
+        assert f'"request_id": "0x{foreign.hex()}"' in coordinator.log.read_text()
+        assert "somebody else's plan" in coordinator.log.read_text()
+
+
+async def _foreign_plan(network: DeployedNetwork, node: ScriptedNode, publisher: Requester) -> bytes:
+    """A plan that the requester publishes itself."""
+    manifest = tiny_manifest("other")
+    submitter = Submitter(network.client, publisher.key)
+    units = len(manifest.units)
+    await submitter.submit(
+        "ShardAssignments", "registerModel", manifest.manifest_hash, manifest.weight_root, units, manifest.name
+    )
+    model = model_id(manifest.manifest_hash, manifest.weight_root, units)
+    epoch = await network.client.call("ShardAssignments", "nextEpoch", model, publisher.key.address)
+    deadline = (await network.client.head()).timestamp + 600
+    offer = coordination_pb2.PlanOffer(
+        model_id=model,
+        publisher=bytes.fromhex(publisher.key.address[2:]),
+        epoch=epoch,
+        fee_per_token=(5).to_bytes(16, "big"),
+        measurements_hash=bytes(32),
+        consent_deadline=deadline,
+        assignments=[
+            common_pb2.Assignment(
+                end_unit=units,
+                node=bytes.fromhex(node.node[2:]),
+                work_weight=1,
+                execution_class=EXECUTION_CLASS,
+            )
+        ],
+    )
+    assignment = (0, 0, 0, units, node.node, 1, EXECUTION_CLASS)
+    consents = [node.consent(offer).signature]
+    await submitter.submit(
+        "ShardAssignments", "publishPlan", model, epoch, 5, bytes(32), [assignment], deadline, consents
+    )
+
+    async def active() -> bytes | None:
+        found: bytes = await network.client.call("ShardAssignments", "activePlan", model, publisher.key.address)
+        return None if found == ZERO_HASH else found
+
+    plan: bytes = await eventually(active, "the foreign plan")
+    return plan

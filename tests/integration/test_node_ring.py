@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from bsns.chain.submitter import Submitter
 from bsns.protocol.sampling import SamplingParameters
 from bsns.runtime.executor import StageExecutor
 from bsns.runtime.weight_store import WeightStore
 from bsns.v1 import common_pb2, execution_pb2
-from node_client.chain_view import Phase
+from node_client.chain_view import Phase, RequestStatus
 from node_client.shard_runtime import stage_executor
 from tests.integration.node_fixtures import (
     Network,
@@ -76,8 +77,24 @@ async def test_ring_of_three_stages_gives_the_tokens_of_one_process_and_survives
                         stage.arguments["sketch"],
                     )
                     assert distance <= 128
+        anyone = Submitter(network.client, network.requester)
+        for stage in range(3):
+            await anyone.submit("OutputVerification", "tally", opened.id, stage, 0)
         view = await network.client.call("OutputVerification", "verificationOf", opened.id)
-        assert view.phase in (Phase.REVEALING, Phase.CHALLENGEABLE)
+        assert view.phase == Phase.CHALLENGEABLE
+
+        async def past_challenges() -> bool:
+            return (await network.client.head()).timestamp > view.challengeDeadline
+
+        await until(past_challenges, "challenge window")
+        await anyone.submit("OutputVerification", "settle", opened.id)
+        assert (await network.client.call("InferenceEscrow", "requestOf", opened.id)).status == RequestStatus.SETTLED
+        stores = [service.evidence for service in network.services.values()]
+
+        async def forgotten() -> bool:
+            return all(store is not None and not store.bytes_used and not store.attested_requests() for store in stores)
+
+        await until(forgotten, "evidence given up after the dispute")
 
 
 async def test_one_stage_ring_repeated_prompt_and_cancel(tmp_path: Path) -> None:
