@@ -286,7 +286,7 @@ def audit_export(
     async def run() -> None:
         from bsns.audit import export
         from bsns.chain.client import Web3ChainClient
-        from bsns.requester.patient_chain import PatientChainClient
+        from bsns.chain.patient_client import PatientChainClient
 
         known = _deployment(deployment)
         async with await Web3ChainClient.connect(rpc, known) as chain:
@@ -313,8 +313,8 @@ def audit_verify(
         from bsns.audit import Check, deployment_of, verify_bytes
         from bsns.chain.client import Web3ChainClient
         from bsns.chain.errors import WrongChainError
+        from bsns.chain.patient_client import PatientChainClient
         from bsns.protocol.record import RecordError, VerificationRecord
-        from bsns.requester.patient_chain import PatientChainClient
 
         data = _read(record)
         known = None if deployment is None else _deployment(deployment)

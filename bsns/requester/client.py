@@ -25,6 +25,7 @@ import structlog
 from bsns.chain.client import Receipt, Web3ChainClient
 from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainError, ContractError
+from bsns.chain.patient_client import PatientChainClient
 from bsns.chain.signer import Signer
 from bsns.chain.submitter import Submitter
 from bsns.protocol import identifiers, typed_data
@@ -59,7 +60,6 @@ from bsns.requester.execution_session import (
 )
 from bsns.requester.journal import Journal, JournalEntry, StageEvidenceHeader
 from bsns.requester.node_connection import NodeEndpoint, find_endpoints
-from bsns.requester.patient_chain import PatientChainClient
 from bsns.requester.settlement import RequestStatus, Settlement, Standing
 
 if TYPE_CHECKING:

@@ -119,9 +119,8 @@ contract DefectsTest is Swarm {
         ModelId model = shards.planOf(_plan).modelId;
         Assignment[] memory plan = _chainOf(2, 0);
         bytes32 root = _merkleRoot(_leavesOf(plan));
-        bytes[] memory consents = _consents(
-            plan, _consentDigest(model, publisher, 2, FEE, MEASUREMENTS, root, block.timestamp)
-        );
+        bytes[] memory consents =
+            _consents(plan, _consentDigest(model, publisher, 2, FEE, MEASUREMENTS, root, block.timestamp));
         bytes memory refused = abi.encodeWithSelector(IShardAssignments.ConsentInvalid.selector, _hot(0));
         vm.chainId(block.chainid + 1);
         vm.expectRevert(refused);
@@ -170,7 +169,7 @@ contract DefectsTest is Swarm {
     function test_defect_07_unbondingBeforeTheSlashEscapesIt() public {
         RequestId id = _newRequest(_plan);
         _commitStage(id, 0, _truth(id, 0));
-        _commitStage(id, 1, _moved(_truth(id, 1), 1_000));
+        _commitStage(id, 1, _moved(_truth(id, 1), 1000));
         vm.prank(_operator(1));
         registry.beginExit(_hot(1));
         _draw(id);
@@ -219,18 +218,15 @@ contract DefectsTest is Swarm {
         assertEq(verification.attestationOf(id, 1, 0, _hot(2)).sketch, 0);
         assertEq(verification.stageRecordOf(id, 0).sketch, 0, "nor is the executor's result known");
         Claim memory claim = _claimOf(id, 1, 0, _hot(2));
-        bytes memory early = abi.encodeWithSelector(
-            IOutputVerification.WrongPhase.selector, id, Phase.Revealing, Phase.Attesting
-        );
+        bytes memory early =
+            abi.encodeWithSelector(IOutputVerification.WrongPhase.selector, id, Phase.Revealing, Phase.Attesting);
         vm.expectRevert(early);
         vm.prank(_hot(2));
         verification.revealAttestation(id, 0, claim.root, claim.sketch, claim.tokens, claim.salt);
         _endAttesting(id);
         _revealAttestation(id, 0, _hot(2));
         vm.expectRevert(
-            abi.encodeWithSelector(
-                IOutputVerification.WrongPhase.selector, id, Phase.Attesting, Phase.Revealing
-            )
+            abi.encodeWithSelector(IOutputVerification.WrongPhase.selector, id, Phase.Attesting, Phase.Revealing)
         );
         vm.prank(_hot(4));
         verification.commitAttestations(id, new uint16[](1), new bytes32[](1));

@@ -69,9 +69,8 @@ contract InferenceEscrowTest is InferenceEscrowScenario {
     function test_open_withTheQuotedDeposit_isRecordedAndAnnounced() public {
         uint256 deposit = uint256(FEE) * (PROMPT_TOKENS + MAXIMUM_TOKENS);
         assertEq(escrow.quote(_plan, PROMPT_TOKENS, MAXIMUM_TOKENS), deposit);
-        RequestId expected = RequestId.wrap(
-            keccak256(abi.encode(block.chainid, address(escrow), requester, uint256(42)))
-        );
+        RequestId expected =
+            RequestId.wrap(keccak256(abi.encode(block.chainid, address(escrow), requester, uint256(42))));
         uint64 deadline = uint64(block.timestamp) + escrow.terms().routeWindow;
         vm.deal(requester, deposit);
         vm.expectEmit(address(escrow));
@@ -443,8 +442,8 @@ contract InferenceEscrowTest is InferenceEscrowScenario {
 
     function test_constructor_outOfRange_reverts() public {
         EscrowTerms memory terms = _escrowTerms();
-        terms.protocolFeeBps = 4_001;
-        _expectRefused(terms, abi.encodeWithSelector(IInferenceEscrow.FeeShareOutOfRange.selector, 5_000, 5_001));
+        terms.protocolFeeBps = 4001;
+        _expectRefused(terms, abi.encodeWithSelector(IInferenceEscrow.FeeShareOutOfRange.selector, 5000, 5001));
         terms = _escrowTerms();
         terms.routeWindow = 0;
         _expectRefused(terms, abi.encodeWithSelector(IInferenceEscrow.WindowOutOfRange.selector, 1, 0));
@@ -462,7 +461,7 @@ contract InferenceEscrowTest is InferenceEscrowScenario {
     function test_terms_areThoseOfTheDeployment() public view {
         assertEq(abi.encode(escrow.terms()), abi.encode(_escrowTerms()));
         assertEq(escrow.protocolFeeBps(), 250);
-        assertEq(escrow.verifierShareBps(), 1_000);
+        assertEq(escrow.verifierShareBps(), 1000);
         assertEq(escrow.treasury(), treasury);
         assertEq(escrow.verification(), address(verification));
         assertEq(address(escrow.registry()), address(registry));
@@ -480,9 +479,7 @@ contract InferenceEscrowTest is InferenceEscrowScenario {
     function _expectNotAssigned(RequestId id, Assignment[] memory route, bytes32[][] memory proofs, uint256 stage)
         private
     {
-        vm.expectRevert(
-            abi.encodeWithSelector(IInferenceEscrow.NotAssigned.selector, stage, route[stage].node)
-        );
+        vm.expectRevert(abi.encodeWithSelector(IInferenceEscrow.NotAssigned.selector, stage, route[stage].node));
         vm.prank(publisher);
         escrow.route(id, route, proofs);
     }
@@ -494,7 +491,7 @@ contract InferenceEscrowSettlementTest is InferenceEscrowScenario {
         RequestId id = _requestIn(RequestStatus.Verified);
         uint256 charge = uint256(FEE) * (PROMPT_TOKENS + ANSWER_TOKENS);
         uint256 fee = charge * 250 / 10_000;
-        uint256 verifierPot = charge * 1_000 / 10_000;
+        uint256 verifierPot = charge * 1000 / 10_000;
         uint256 pot = charge - fee - verifierPot;
         uint256 refunded = uint256(FEE) * (MAXIMUM_TOKENS - ANSWER_TOKENS);
         address[] memory verifiers = new address[](2);
@@ -567,8 +564,8 @@ contract InferenceEscrowSettlementTest is InferenceEscrowScenario {
         uint8 paidSet,
         uint8 verifierCount
     ) public {
-        maximum = uint32(bound(maximum, 1, 1_000));
-        RequestId id = _openWith(_plan, uint32(bound(prompt, 0, 1_000)), maximum, bound(extra, 0, 1e30));
+        maximum = uint32(bound(maximum, 1, 1000));
+        RequestId id = _openWith(_plan, uint32(bound(prompt, 0, 1000)), maximum, bound(extra, 0, 1e30));
         _route(id);
         _markCommitted(id);
         _markVerified(id);

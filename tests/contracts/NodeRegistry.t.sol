@@ -579,7 +579,7 @@ contract NodeRegistryVerdictsTest is NodeRegistryScenario {
     function test_leaveJail_tombstoned_revertsForEver() public {
         _registerActive();
         _jail(type(uint64).max);
-        vm.warp(block.timestamp + 36500 days);
+        vm.warp(block.timestamp + 36_500 days);
         vm.expectRevert(
             abi.encodeWithSelector(INodeRegistry.StillJailed.selector, _node, type(uint64).max, block.timestamp)
         );
@@ -743,9 +743,7 @@ contract NodeRegistryVerdictsTest is NodeRegistryScenario {
         emit INodeRegistry.NodeJailed(_node, until);
         _jail(until);
         bytes memory proof = _nodeKeyProof(0, _owner, CERTIFICATE, ENDPOINT, until);
-        vm.expectRevert(
-            abi.encodeWithSelector(INodeRegistry.StillJailed.selector, _node, until, block.timestamp)
-        );
+        vm.expectRevert(abi.encodeWithSelector(INodeRegistry.StillJailed.selector, _node, until, block.timestamp));
         vm.prank(_owner);
         registry.register{value: _stake}(_node, CERTIFICATE, ENDPOINT, until, proof);
         vm.warp(until);
@@ -862,8 +860,7 @@ contract NodeRegistryVerdictsTest is NodeRegistryScenario {
         uint256 whole = _stake + warm;
 
         vm.prank(address(verification));
-        uint256 taken =
-            registry.slash(_node, amount, SlashReason.IncorrectOutput, new address[](0), new uint256[](0));
+        uint256 taken = registry.slash(_node, amount, SlashReason.IncorrectOutput, new address[](0), new uint256[](0));
 
         NodeAccount memory account = registry.accountOf(_node);
         assertEq(taken, amount < whole ? amount : whole, "taken");

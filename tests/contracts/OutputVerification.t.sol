@@ -193,9 +193,7 @@ contract OutputVerificationDrawTest is OutputVerificationScenario {
         bytes32 expected = keccak256(abi.encode(SECRET));
         bytes32 wrong = "wrong";
         vm.expectRevert(
-            abi.encodeWithSelector(
-                IOutputVerification.SecretMismatch.selector, expected, keccak256(abi.encode(wrong))
-            )
+            abi.encodeWithSelector(IOutputVerification.SecretMismatch.selector, expected, keccak256(abi.encode(wrong)))
         );
         verification.drawCommittee(id, wrong);
         uint256 deadline = verification.verificationOf(id).secretDeadline;
@@ -340,9 +338,7 @@ contract OutputVerificationRevealTest is OutputVerificationScenario {
         _attestHonestly(id, NODES);
         _assertPhase(id, Phase.Revealing);
         assertEq(verification.verificationOf(id).attestDeadline, block.timestamp);
-        assertEq(
-            verification.verificationOf(id).revealDeadline, block.timestamp + _verificationTerms().revealWindow
-        );
+        assertEq(verification.verificationOf(id).revealDeadline, block.timestamp + _verificationTerms().revealWindow);
     }
 
     function test_revealStage_isRecordedAndAnnounced() public {
@@ -382,9 +378,7 @@ contract OutputVerificationRevealTest is OutputVerificationScenario {
         bytes32 opened = verification.commitmentOf(
             id, 0, 0, _hot(0), claim.root, verification.sealOf(~claim.sketch, claim.salt), claim.tokens
         );
-        vm.expectRevert(
-            abi.encodeWithSelector(IOutputVerification.CommitmentMismatch.selector, committed, opened)
-        );
+        vm.expectRevert(abi.encodeWithSelector(IOutputVerification.CommitmentMismatch.selector, committed, opened));
         verification.revealStage(id, 0, claim.root, ~claim.sketch, claim.tokens, claim.salt);
         verification.revealStage(id, 0, claim.root, claim.sketch, claim.tokens, claim.salt);
         vm.expectRevert(abi.encodeWithSelector(IOutputVerification.AlreadyRevealed.selector, _hot(0), 0));
@@ -412,9 +406,7 @@ contract OutputVerificationRevealTest is OutputVerificationScenario {
         verification.revealAttestation(id, 0, claim.root, claim.sketch, claim.tokens, claim.salt);
         bytes32 opened = _commitment(id, 1, 0, _hot(3), claim);
         bytes32 committed = verification.attestationOf(id, 1, 0, _hot(3)).commitment;
-        vm.expectRevert(
-            abi.encodeWithSelector(IOutputVerification.CommitmentMismatch.selector, committed, opened)
-        );
+        vm.expectRevert(abi.encodeWithSelector(IOutputVerification.CommitmentMismatch.selector, committed, opened));
         vm.prank(_hot(3));
         verification.revealAttestation(id, 0, claim.root, claim.sketch, claim.tokens, claim.salt);
 
@@ -468,9 +460,7 @@ contract OutputVerificationTallyTest is OutputVerificationScenario {
         vm.expectRevert(abi.encodeWithSelector(IOutputVerification.MedoidNotRevealed.selector, _hot(1)));
         verification.tally(id, 0, 0);
         uint256 required = (4 * STAKE * 2 + 2) / 3;
-        vm.expectRevert(
-            abi.encodeWithSelector(IOutputVerification.MedoidWithoutQuorum.selector, required, STAKE)
-        );
+        vm.expectRevert(abi.encodeWithSelector(IOutputVerification.MedoidWithoutQuorum.selector, required, STAKE));
         verification.tally(id, 0, 1);
         vm.expectRevert(abi.encodeWithSelector(IOutputVerification.QuorumExists.selector, 0, 2));
         verification.tallyWithoutQuorum(id, 0);
@@ -489,9 +479,7 @@ contract OutputVerificationTallyTest is OutputVerificationScenario {
         vm.expectRevert(abi.encodeWithSelector(IOutputVerification.MedoidWithoutQuorum.selector, 2, 1));
         verification.tally(id, 0, 0);
         vm.expectEmit(address(verification));
-        emit IOutputVerification.StageTallied(
-            id, 1, 0, StageVerdict.NoQuorum, address(0), 0, STAKE, type(uint256).max
-        );
+        emit IOutputVerification.StageTallied(id, 1, 0, StageVerdict.NoQuorum, address(0), 0, STAKE, type(uint256).max);
         verification.tallyWithoutQuorum(id, 0);
         _assertVerdict(id, 0, StageVerdict.NoQuorum);
     }
@@ -709,9 +697,7 @@ contract OutputVerificationChallengeTest is OutputVerificationScenario {
         RequestId id = _challengeableRequest(_plan, NODES);
         uint256 deadline = verification.verificationOf(id).challengeDeadline;
         vm.warp(deadline);
-        vm.expectRevert(
-            abi.encodeWithSelector(IOutputVerification.DeadlineNotPassed.selector, deadline, deadline)
-        );
+        vm.expectRevert(abi.encodeWithSelector(IOutputVerification.DeadlineNotPassed.selector, deadline, deadline));
         verification.settle(id);
         vm.warp(deadline + 1);
         vm.expectEmit(address(verification));
@@ -911,9 +897,7 @@ contract OutputVerificationChallengeTest is OutputVerificationScenario {
         verification.challenge{value: BOND}(id, 0);
         vm.warp(uint256(escrow.requestOf(id).deadline) + 1);
         escrow.claimRefund(id);
-        vm.expectRevert(
-            abi.encodeWithSelector(IOutputVerification.TransferFailed.selector, address(refuser), BOND)
-        );
+        vm.expectRevert(abi.encodeWithSelector(IOutputVerification.TransferFailed.selector, address(refuser), BOND));
         verification.withdrawCredit(address(refuser));
         assertEq(verification.creditOf(address(refuser)), BOND);
     }
@@ -955,7 +939,7 @@ contract OutputVerificationChallengeTest is OutputVerificationScenario {
 contract OutputVerificationCommitteeTest is Swarm {
     function _verificationTerms() internal view override returns (VerificationTerms memory terms) {
         terms = super._verificationTerms();
-        terms.committeeSeats = 1_000;
+        terms.committeeSeats = 1000;
     }
 
     function test_commitAttestations_theSeventeenthMember_reverts() public {
@@ -1023,11 +1007,11 @@ contract OutputVerificationDeploymentTest is Swarm {
         terms.withholdSlashBps = 10_001;
         _expectRefused(terms, _share(10_000, 10_001));
         terms = _verificationTerms();
-        terms.memberShareBps = 4_001;
-        _expectRefused(terms, _share(5_000, 5_001));
+        terms.memberShareBps = 4001;
+        _expectRefused(terms, _share(5000, 5001));
         terms = _verificationTerms();
-        terms.tolerance = 1_025;
-        _expectRefused(terms, _share(1_024, 1_025));
+        terms.tolerance = 1025;
+        _expectRefused(terms, _share(1024, 1025));
         terms = _verificationTerms();
         terms.committeeSeats = 0;
         _expectRefused(terms, _share(type(uint16).max, 0));
@@ -1042,11 +1026,11 @@ contract OutputVerificationDeploymentTest is Swarm {
     function test_STAKE_03_constructor_disputeLongerThanTheWindows_reverts() public {
         VerificationTerms memory terms = _verificationTerms();
         terms.challengeWindow += 1;
-        _expectRefused(terms, _window(8_163, 8_160));
+        _expectRefused(terms, _window(8163, 8160));
     }
 
     function test_STAKE_03_constructor_thawShorterThanALife_reverts() public {
-        uint256 life = 300 + 600 + 8_160;
+        uint256 life = 300 + 600 + 8160;
         uint256 nonce = vm.getNonce(address(this));
         address escrowAt = vm.computeCreateAddress(address(this), nonce + 1);
         address verificationAt = vm.computeCreateAddress(address(this), nonce + 2);

@@ -100,8 +100,8 @@ contract RolesTest is Swarm {
             || selector == IShardAssignments.ConsentInvalid.selector
             || selector == IInferenceEscrow.NotPlanPublisher.selector
             || selector == IInferenceEscrow.NotVerification.selector
-            || selector == IOutputVerification.NotExecutor.selector || selector == IOutputVerification.NotSeated.selector
-            || selector == IOutputVerification.NotEscrow.selector
+            || selector == IOutputVerification.NotExecutor.selector
+            || selector == IOutputVerification.NotSeated.selector || selector == IOutputVerification.NotEscrow.selector
             || selector == IOutputVerification.CommitmentMissing.selector;
     }
 
@@ -118,9 +118,7 @@ contract RolesTest is Swarm {
             abi.encodeCall(INodeRegistry.register, (_hot(9), CERTIFICATE_HASH, HOST, block.timestamp, proof)),
             STAKE
         );
-        _check(
-            "changeEndpoint", operator, target, abi.encodeCall(INodeRegistry.changeEndpoint, (_hot(1), "c", HOST))
-        );
+        _check("changeEndpoint", operator, target, abi.encodeCall(INodeRegistry.changeEndpoint, (_hot(1), "c", HOST)));
         _check("addStake", operator, target, abi.encodeCall(INodeRegistry.addStake, (_hot(1))), 1 ether);
         _check("thaw", operator, target, abi.encodeCall(INodeRegistry.thaw, (_hot(1), 1)));
         _check("beginExit", operator, target, abi.encodeCall(INodeRegistry.beginExit, (_hot(1))));
@@ -146,14 +144,11 @@ contract RolesTest is Swarm {
 
     function test_ROLE_01_ShardAssignments() public {
         address target = address(shards);
-        _check(
-            "registerModel", ANYBODY, target, abi.encodeCall(IShardAssignments.registerModel, ("m", "w", 1, "name"))
-        );
+        _check("registerModel", ANYBODY, target, abi.encodeCall(IShardAssignments.registerModel, ("m", "w", 1, "name")));
         ModelId model = shards.planOf(_plan).modelId;
         Assignment[] memory plan = _chainOf(2, 0);
         bytes[] memory consents = _consents(
-            plan,
-            _consentDigest(model, publisher, 2, FEE, MEASUREMENTS, _merkleRoot(_leavesOf(plan)), block.timestamp)
+            plan, _consentDigest(model, publisher, 2, FEE, MEASUREMENTS, _merkleRoot(_leavesOf(plan)), block.timestamp)
         );
         // Under his own address anybody may publish; under the publisher's, whose next epoch this is, only he.
         vm.prank(publisher);
@@ -183,16 +178,11 @@ contract RolesTest is Swarm {
             "open",
             ANYBODY,
             target,
-            abi.encodeCall(IInferenceEscrow.open, (_plan, 1_000, INPUT_COMMITMENT, "s", 1, 1)),
+            abi.encodeCall(IInferenceEscrow.open, (_plan, 1000, INPUT_COMMITMENT, "s", 1, 1)),
             1 ether
         );
         (Assignment[] memory route, bytes32[][] memory proofs) = _routeOf(_opened);
-        _check(
-            "route",
-            _only(Role.Publisher),
-            target,
-            abi.encodeCall(IInferenceEscrow.route, (_opened, route, proofs))
-        );
+        _check("route", _only(Role.Publisher), target, abi.encodeCall(IInferenceEscrow.route, (_opened, route, proofs)));
         _check("claimRefund", ANYBODY, target, abi.encodeCall(IInferenceEscrow.claimRefund, (_opened)));
         _check("withdrawCredit", ANYBODY, target, abi.encodeCall(IInferenceEscrow.withdrawCredit, (requester)));
         _check("markCommitted", verdicts, target, abi.encodeCall(IInferenceEscrow.markCommitted, (_routed)));
@@ -211,14 +201,9 @@ contract RolesTest is Swarm {
     function test_ROLE_01_OutputVerification() public {
         address target = address(verification);
         uint256 executor = _only(Role.Executor);
+        _check("commitStage", executor, target, abi.encodeCall(IOutputVerification.commitStage, (_routed, 1, "c")));
         _check(
-            "commitStage", executor, target, abi.encodeCall(IOutputVerification.commitStage, (_routed, 1, "c"))
-        );
-        _check(
-            "drawCommittee",
-            ANYBODY,
-            target,
-            abi.encodeCall(IOutputVerification.drawCommittee, (_attesting, SECRET))
+            "drawCommittee", ANYBODY, target, abi.encodeCall(IOutputVerification.drawCommittee, (_attesting, SECRET))
         );
         uint16[] memory stages = new uint16[](1);
         bytes32[] memory commitments = new bytes32[](1);
@@ -275,9 +260,7 @@ contract RolesTest is Swarm {
             abi.encodeCall(IOutputVerification.reportContradiction, (first, one, step, new bytes32[](0)))
         );
         _check("abandon", _only(Role.Escrow), target, abi.encodeCall(IOutputVerification.abandon, (_attesting)));
-        _check(
-            "withdrawCredit", ANYBODY, target, abi.encodeCall(IOutputVerification.withdrawCredit, (requester))
-        );
+        _check("withdrawCredit", ANYBODY, target, abi.encodeCall(IOutputVerification.withdrawCredit, (requester)));
         assertEq(_checked, 13);
     }
 }

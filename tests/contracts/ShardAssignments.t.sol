@@ -84,9 +84,8 @@ contract ShardAssignmentsTest is ShardAssignmentsScenario {
         bytes[] memory consents = _consentsFor(plan, block.timestamp);
         bytes32 root = _merkleRoot(_leavesOf(plan));
         uint64 effectiveAt = uint64(block.timestamp) + shards.planActivationDelay();
-        PlanId expected = PlanId.wrap(
-            keccak256(abi.encode(block.chainid, address(shards), publisher, _model, uint64(1)))
-        );
+        PlanId expected =
+            PlanId.wrap(keccak256(abi.encode(block.chainid, address(shards), publisher, _model, uint64(1))));
         vm.expectEmit(address(shards));
         emit IShardAssignments.PlanPublished(expected, _model, publisher, 1, effectiveAt, FEE, root, MEASUREMENTS, plan);
         vm.prank(publisher);
@@ -442,7 +441,9 @@ contract ShardAssignmentsFuzzTest is ShardAssignmentsScenario {
                 bool nextReplica = item.stage == before.stage && item.replica == before.replica + 1;
                 bool nextStage = item.stage == before.stage + 1 && first && item.firstUnit == before.endUnit;
                 if (!nextReplica && !nextStage) return false;
-                if (nextReplica && (item.firstUnit != before.firstUnit || item.endUnit != before.endUnit)) return false;
+                if (nextReplica && (item.firstUnit != before.firstUnit || item.endUnit != before.endUnit)) {
+                    return false;
+                }
             }
             if (item.endUnit > unitCount || item.firstUnit >= item.endUnit) return false;
             if (!first) continue;

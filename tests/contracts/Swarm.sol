@@ -69,11 +69,11 @@ abstract contract Swarm is Test {
     function _escrowTerms() internal view virtual returns (EscrowTerms memory) {
         return EscrowTerms({
             protocolFeeBps: 250,
-            verifierShareBps: 1_000,
+            verifierShareBps: 1000,
             routeWindow: 300,
             commitWindow: 600,
-            verificationWindow: 8_160,
-            maximumTokens: 1_000
+            verificationWindow: 8160,
+            maximumTokens: 1000
         });
     }
 
@@ -90,17 +90,17 @@ abstract contract Swarm is Test {
             challengeWindow: 600,
             jailPeriod: 1 hours,
             challengeBond: 1 ether,
-            incorrectSlashBps: 5_000,
-            withholdSlashBps: 1_000,
-            memberShareBps: 2_000,
-            reporterShareBps: 1_000
+            incorrectSlashBps: 5000,
+            withholdSlashBps: 1000,
+            memberShareBps: 2000,
+            reporterShareBps: 1000
         });
     }
 
     /// @dev Four contracts that know one another by address from the start; nothing can be rewired later.
     function _deployNetwork() internal {
         vm.warp(1_800_000_000);
-        vm.roll(1_000);
+        vm.roll(1000);
         uint256 nonce = vm.getNonce(address(this));
         address escrowAt = vm.computeCreateAddress(address(this), nonce + 2);
         address verificationAt = vm.computeCreateAddress(address(this), nonce + 3);
@@ -230,13 +230,11 @@ abstract contract Swarm is Test {
         return _typedDigest("bsns NodeRegistry", address(registry), structHash);
     }
 
-    function _nodeKeyProof(
-        uint256 i,
-        address operator,
-        bytes32 certificate,
-        string memory endpoint,
-        uint256 deadline
-    ) internal view returns (bytes memory) {
+    function _nodeKeyProof(uint256 i, address operator, bytes32 certificate, string memory endpoint, uint256 deadline)
+        internal
+        view
+        returns (bytes memory)
+    {
         return _sign(i, _nodeKeyDigest(operator, _hot(i), certificate, endpoint, deadline));
     }
 
@@ -350,7 +348,11 @@ abstract contract Swarm is Test {
         }
     }
 
-    function _consents(Assignment[] memory assignments, bytes32 digest) internal view returns (bytes[] memory consents) {
+    function _consents(Assignment[] memory assignments, bytes32 digest)
+        internal
+        view
+        returns (bytes[] memory consents)
+    {
         consents = new bytes[](assignments.length);
         for (uint256 i = 0; i < consents.length; i++) {
             consents[i] = _sign(_indexOf(assignments[i].node), digest);

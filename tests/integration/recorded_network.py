@@ -22,6 +22,7 @@ import aiohttp
 
 from bsns.chain.client import ChainClient, Receipt, Web3ChainClient
 from bsns.chain.deployment import ETHER, Deployment, EscrowTerms, RegistryTerms, Terms, VerificationTerms, deploy
+from bsns.chain.patient_client import PatientChainClient
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
 from bsns.protocol import commitments, identifiers, typed_data
@@ -37,7 +38,6 @@ from bsns.protocol.record import (
     RecordedTokens,
 )
 from bsns.protocol.sampling import SamplingParameters
-from bsns.requester.patient_chain import PatientChainClient
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 20.0

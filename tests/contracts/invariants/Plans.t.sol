@@ -127,11 +127,12 @@ contract PlanInvariantTest is Swarm {
         }
         uint64 epoch = shards.nextEpoch(_model, publisher);
         vm.prank(publisher);
-        (bool done,) = address(shards).call(
-            abi.encodeCall(
-                IShardAssignments.publishPlan, (_model, epoch, FEE, MEASUREMENTS, plan, block.timestamp, consents)
-            )
-        );
+        (bool done,) = address(shards)
+            .call(
+                abi.encodeCall(
+                    IShardAssignments.publishPlan, (_model, epoch, FEE, MEASUREMENTS, plan, block.timestamp, consents)
+                )
+            );
         assertFalse(done, "PLAN-01");
     }
 

@@ -392,11 +392,13 @@ abstract contract ProtocolHandler is Swarm {
         address copier = _hot(_nodes[seed % _nodes.length]);
         if (copier == member) copier = _intruder;
         vm.prank(copier);
-        (bool copied,) = address(verification).call(
-            abi.encodeCall(
-                IOutputVerification.revealAttestation, (id, stage, claim.root, claim.sketch, claim.tokens, claim.salt)
-            )
-        );
+        (bool copied,) = address(verification)
+            .call(
+                abi.encodeCall(
+                    IOutputVerification.revealAttestation,
+                    (id, stage, claim.root, claim.sketch, claim.tokens, claim.salt)
+                )
+            );
         assertFalse(copied, "COPY-01");
     }
 
@@ -410,16 +412,12 @@ abstract contract ProtocolHandler is Swarm {
         _expectShut(
             who[seed % 4],
             address(registry),
-            abi.encodeCall(
-                registry.slash, (node, 1, SlashReason.Equivocation, new address[](0), new uint256[](0))
-            )
+            abi.encodeCall(registry.slash, (node, 1, SlashReason.Equivocation, new address[](0), new uint256[](0)))
         );
         _expectShut(who[seed % 4], address(escrow), abi.encodeCall(escrow.markVerified, (id)));
         _expectShut(who[seed % 4], address(escrow), abi.encodeCall(escrow.refund, (id)));
         _expectShut(
-            who[seed % 4],
-            address(escrow),
-            abi.encodeCall(escrow.settle, (id, 1, new bool[](STAGES), new address[](0)))
+            who[seed % 4], address(escrow), abi.encodeCall(escrow.settle, (id, 1, new bool[](STAGES), new address[](0)))
         );
         _expectShut(who[seed % 4], address(verification), abi.encodeCall(verification.abandon, (id)));
     }

@@ -138,7 +138,9 @@ contract ProtocolLedger is Swarm {
             if (!attestation.revealed) continue;
             revealed += attestation.stake;
             bool nothing = _withheld[id][stage] && attestation.outputTokens == 0;
-            if (nothing || _isTrue(id, stage, attestation.outputTokens, attestation.sketch)) honest += attestation.stake;
+            if (nothing || _isTrue(id, stage, attestation.outputTokens, attestation.sketch)) {
+                honest += attestation.stake;
+            }
         }
         return honest * 3 > revealed * 2;
     }
@@ -174,9 +176,7 @@ contract ProtocolLedger is Swarm {
         for (uint16 stage = 0; stage < STAGES; stage++) {
             records[stage] = verification.stageRecordOf(id, stage);
         }
-        return keccak256(
-            abi.encode(escrow.requestOf(id), verification.verificationOf(id).round, records)
-        );
+        return keccak256(abi.encode(escrow.requestOf(id), verification.verificationOf(id).round, records));
     }
 
     // -------------------------------------------------------------------------------------------------------- invariants
@@ -228,7 +228,7 @@ contract ProtocolLedger is Swarm {
     }
 
     /// CDV-01, CDV-03
-    function checkVerdicts(function (RequestId, uint8, uint16, address) external view returns (Claim memory) claimOf)
+    function checkVerdicts(function(RequestId, uint8, uint16, address) external view returns (Claim memory) claimOf)
         external
         view
     {

@@ -74,7 +74,9 @@ contract RegistryInvariantTest is Swarm {
             owed += account.staked + registry.creditOf(_operator(i));
             sortition += registry.sortitionStake(_hot(i), _clock);
             NodeStatus status = registry.statusOf(_hot(i));
-            if (status == NodeStatus.Active || status == NodeStatus.Pending) serving += account.staked - account.thawing;
+            if (status == NodeStatus.Active || status == NodeStatus.Pending) {
+                serving += account.staked - account.thawing;
+            }
         }
         assertEq(address(registry).balance, owed + _forced, "STAKE-01");
         assertEq(_paidIn, owed + _paidOut + _burned, "every wei is somewhere");
