@@ -401,6 +401,8 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         if (count == 0) return;
         uint256 share = pot / count;
         for (uint256 i; i < count; ++i) {
+            // The last takes what the division left over.
+            // slither-disable-next-line divide-before-multiply
             if (i == count - 1) share = pot - share * i;
             _credit(requestId, registry.operatorOf(verifiers[i]), share);
         }

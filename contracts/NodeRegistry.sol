@@ -117,6 +117,8 @@ contract NodeRegistry is INodeRegistry, EIP712, ReentrancyGuardTransient {
         account.staked += amount;
         account.warming = warming + amount;
         account.warmFrom = warmFrom;
+        // Zero is not a time but "not jailed".
+        // slither-disable-next-line incorrect-equality
         if (account.jailedUntil == 0) _totalSortitionStake += amount;
         emit StakeAdded(node, amount, account.staked, warmFrom);
     }
@@ -136,6 +138,7 @@ contract NodeRegistry is INodeRegistry, EIP712, ReentrancyGuardTransient {
         if (account.warming > remaining) account.warming = uint128(remaining); // STAKE-02
         uint64 thawEnd = _now() + thawPeriod;
         account.thawEnd = thawEnd;
+        // slither-disable-next-line incorrect-equality
         if (account.jailedUntil == 0) _totalSortitionStake -= amount;
         emit ThawStarted(node, amount, account.thawing, thawEnd);
     }

@@ -232,6 +232,8 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
 
         uint16 stageCount = docket.stageCount;
         bytes32 seed = keccak256(abi.encode(secret, _commitmentsDigest(docket, stageCount), entropy, requestId));
+        // The seed mixes a secret fixed at the opening with the hash of a block after all commitments.
+        // slither-disable-next-line weak-prng
         bool sampled = uint256(keccak256(abi.encode(seed, "sample"))) % _BASIS_POINTS < _terms.samplingRateBps;
         docket.seed = seed;
         docket.round = 1;
@@ -317,6 +319,8 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     // ---------------------------------------------------------------------------------------------------------------------
 
     /// @inheritdoc IOutputVerification
+    /// @dev Registry and escrow are immutable contracts of this project; neither runs foreign code in what is called here.
+    // slither-disable-next-line reentrancy-no-eth
     function tally(RequestId requestId, uint16 stage, uint256 medoid) external {
         Docket storage docket = _docketIn(requestId, Phase.Revealing);
         _requireJudgeable(docket, stage);
@@ -325,6 +329,8 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     }
 
     /// @inheritdoc IOutputVerification
+    /// @dev As for `tally`, no foreign code runs in between.
+    // slither-disable-next-line reentrancy-no-eth
     function tallyWithoutQuorum(RequestId requestId, uint16 stage) external {
         Docket storage docket = _docketIn(requestId, Phase.Revealing);
         if (_isUnsampled(docket)) revert StageNotDisputed(stage);
@@ -650,6 +656,8 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         uint8 round = docket.round;
         // At most 16 + 2 + 128 bits.
         uint256 share = (uint256(_committeeSeats) << (round - 1)) * stake;
+        // Dividing first is the definition of the draw: it cannot overflow and costs at most 2^-128 of a seat.
+        // slither-disable-next-line divide-before-multiply
         uint256 threshold = type(uint256).max / total * (share < total ? share : total);
         return uint256(keccak256(abi.encode(docket.seed, round, stage, node))) <= threshold;
     }
@@ -925,9 +933,14 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         uint256 members = recipients.length - 1;
         uint256[] memory shares = new uint256[](members + 1);
         for (uint256 i; i < members; ++i) {
+            // Shares are shares of whole wei taken: what both divisions leave over burns.
+            // slither-disable-next-line divide-before-multiply
             shares[i] = amount * _terms.memberShareBps / _BASIS_POINTS / members;
         }
+        // slither-disable-next-line divide-before-multiply
         if (recipients[members] != address(0)) shares[members] = amount * _terms.reporterShareBps / _BASIS_POINTS;
+        // What was really taken is in the registry's event; the judgement does not depend on it.
+        // slither-disable-next-line unused-return
         registry.slash(node, amount, reason, recipients, shares);
         _jail(node, reason == SlashReason.Equivocation ? _FOR_EVER : _after(_terms.jailPeriod));
     }

@@ -292,6 +292,8 @@ class ChainDuties:
                 del commitments[full]
 
     async def _reveal(self, request_id: bytes, verification: VerificationView) -> None:
+        """Open this node's commitments of the round, all in one block where the chain lets them."""
+        due = []
         for stage in range(verification.stage_count):
             result = self._evidence.attestation(request_id, verification.round, stage)
             if result is None:
@@ -299,10 +301,9 @@ class ChainDuties:
             commitment, revealed = await self._chain.attestation(request_id, verification.round, stage, self._node)
             if revealed or commitment != self._commitment(request_id, verification.round, stage, result):
                 continue
-            await self._send(
-                request_id, "revealAttestation", stage,
-                result.evidence_root, result.sketch, result.output_tokens, result.salt,
-            )  # fmt: skip
+            opening = (result.evidence_root, result.sketch, result.output_tokens, result.salt)
+            due.append(self._send(request_id, "revealAttestation", stage, *opening))
+        await asyncio.gather(*due)
 
     async def _forget(self, request_id: bytes) -> None:
         """Nothing can change about the request any more."""

@@ -94,7 +94,11 @@ class Coordination:
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    task.result()
+                    try:
+                        task.result()
+                    except ExceptionGroup as group:
+                        # The reader and the work beside it fail together; the first failure is the reason for all.
+                        raise group.exceptions[0] from None
             finally:
                 for task in tasks:
                     task.cancel()

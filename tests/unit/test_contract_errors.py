@@ -46,7 +46,8 @@ def _expected_errors() -> set[str]:
     expected: set[str] = set()
     for path in TESTS:
         source = _without_comments(path.read_text())
-        # Nothing but the reason of an expected revert is ever encoded with a selector there, often for a function that expects it.
+        # Nothing but the reason of an expected revert is ever encoded with a selector there, often for a function that
+        # expects it.
         for call in ("vm.expectRevert", "abi.encodeWithSelector"):
             for span in _call_arguments(source, call):
                 expected.update(re.findall(r"\b(I\w+\.\w+)\.selector\b", span))
