@@ -11,6 +11,8 @@ PROMPT      ?= What is the capital of France, and what is it known for?
 MAX_TOKENS  ?= 32
 NODES       ?= 4
 SEED        ?= 7
+# Most integration tests wait for blocks: more workers than cores pay, and each file stays on one of them.
+PYTEST_WORKERS ?= 3
 PYTEST_ARGS ?=
 FORGE_ARGS  ?=
 PYTHON      ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
@@ -136,7 +138,7 @@ test-contracts: setup ## the Solidity tests (FORGE_ARGS='--match-test name -vvv'
 	@"$(FORGE)" test $(FORGE_ARGS)
 
 test-python: contracts model ## the Python tests (PYTEST_ARGS='-k name -x')
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # `make check` stops at the first that fails, `make -k check` runs them all.
 check: check-ruff check-format check-types check-imports check-proto check-contracts ## linters, formatters, types, import rules

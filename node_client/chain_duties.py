@@ -1,5 +1,5 @@
-"""What a node owes the chain: commitments of the stages it executed, attestations of the stages it sits on, and the
-reveals of both.
+"""What a node owes the chain: commitments of the stages it executed, attestations of the stages it sits on, the
+reveals of both, and reports of nodes it found to contradict their own signatures.
 
 Owns a loop that looks at every new block. Stateless between blocks: which duties are open follows from the chain and
 the evidence store each time, so a node that was killed between two steps goes on where it stopped. Promises that
@@ -28,6 +28,7 @@ from bsns.chain.errors import (
 )
 from bsns.chain.submitter import Submitter
 from bsns.protocol.commitments import sealed_sketch, stage_commitment
+from bsns.protocol.hand_over import Contradiction
 from bsns.protocol.identifiers import ZERO_HASH, RequestId
 from node_client.chain_view import ChainView, Phase, RequestStatus, VerificationView
 from node_client.errors import Refusal, SigningRefusedError, StorageError
@@ -47,6 +48,7 @@ _DONE_ERRORS: Final = frozenset({"StageAlreadyCommitted", "AlreadyCommitted", "A
 _OVERLAP_BLOCKS: Final = 12
 _DRAWN: Final = ("CommitteeDrawn", "RoundEscalated")
 _ATTEST: Final = "attest"
+_REPORT: Final = "report"
 # A request that nothing happened to is looked at this often all the same.
 _IDLE_SECONDS: Final = 60
 
@@ -127,6 +129,8 @@ class ChainDuties:
             duties[recorded.request, f"stage-{recorded.stage}"] = partial(self._executor_duty, recorded)
         for request_id in self._watched:
             duties[request_id, _ATTEST] = partial(self._member_duty, request_id)
+        for request_id in await asyncio.to_thread(self._evidence.contradicted_requests):
+            duties[request_id, _REPORT] = partial(self._report_duty, request_id)
         for key in self._look_again.keys() - duties.keys():
             del self._look_again[key]
         for key in self._reported.keys() - duties.keys():
@@ -272,8 +276,10 @@ class ChainDuties:
             result = self._evidence.attestation(request_id, verification.round, stage)
             if result is None:
                 judged = await self._reexecution.judge(request_id, stage, give_up)
+                for found in judged.contradictions:
+                    await asyncio.to_thread(self._evidence.save_contradiction, request_id, found)
                 result = await asyncio.to_thread(
-                    self._evidence.save_attestation, request_id, verification.round, stage, judged
+                    self._evidence.save_attestation, request_id, verification.round, stage, judged.result
                 )
             commitment = self._commitment(request_id, verification.round, stage, result)
             await asyncio.to_thread(
@@ -304,6 +310,40 @@ class ChainDuties:
             opening = (result.evidence_root, result.sketch, result.output_tokens, result.salt)
             due.append(self._send(request_id, "revealAttestation", stage, *opening))
         await asyncio.gather(*due)
+
+    # -- the witness
+
+    async def _report_duty(self, request_id: bytes) -> int:
+        """Report each node whose statement contradicts its evidence, as soon as that evidence is revealed; returns the
+        block time from which to look again without an event.
+        """
+        for found in await asyncio.to_thread(self._evidence.contradictions, request_id):
+            stage = found.statement.stage
+            if (await self._chain.stage_record(request_id, stage)).revealed:
+                await self._report(request_id, found)
+            elif (await self._chain.request(request_id)).status not in _OVER:
+                continue
+            # Reported, or never to be revealed.
+            await asyncio.to_thread(self._evidence.drop_contradiction, request_id, found)
+        return (await self._chain.head()).timestamp + _IDLE_SECONDS
+
+    async def _report(self, request_id: bytes, found: Contradiction) -> None:
+        said = found.statement
+        try:
+            receipt = await self._submitter.submit(
+                VERIFICATION,
+                "reportContradiction",
+                (request_id, said.stage, said.sent, said.step, said.chain),
+                said.signature,
+                found.step.as_tuple(),
+                list(found.proof),
+                timeout_s=self._settings.transaction_timeout_seconds,
+            )
+        except ContractError as error:
+            # Anyone may report, and one report is enough: most of the time somebody else was first.
+            log.info("report_not_needed", request_id=request_id.hex(), stage=said.stage, detail=str(error))
+            return
+        log.warning("contradiction_reported", request_id=request_id.hex(), stage=said.stage, gas=receipt.gas_used)
 
     async def _forget(self, request_id: bytes) -> None:
         """Nothing can change about the request any more."""

@@ -3,8 +3,9 @@
 Owns one SQLite file. Promises that what `seal` and `save_attestation` return from is on the disk (write-ahead log,
 synchronous FULL), so that a commitment sent afterwards can still be opened after kill -9; and that the bytes kept
 never exceed the budget. Keeps for each stage the step leaves, the exact input bytes, the sealed result with its salt,
-the opening of the input commitment and the newest statement of each neighbour, until `forget`. Prompts are in here and
-nowhere else on disk: the file is readable by its owner only. Does not decide when a dispute is over.
+the opening of the input commitment and the newest statement of each neighbour, until `forget`; and the contradictions
+of others, until they are reported. Prompts are in here and nowhere else on disk: the file is readable by its owner
+only. Does not decide when a dispute is over.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Final
 
 from bsns.protocol.commitments import EvidenceStep, StageEvidence
+from bsns.protocol.hand_over import Contradiction, Statement
+from bsns.protocol.identifiers import BYTES32
 from bsns.protocol.sampling import SamplingParameters
 from node_client.errors import StorageError, StorageFullError
 
@@ -49,6 +52,13 @@ CREATE TABLE IF NOT EXISTS attestation (
   evidence_root BLOB NOT NULL, sketch BLOB NOT NULL, output_tokens INTEGER NOT NULL, salt BLOB NOT NULL,
   PRIMARY KEY (request, round, stage)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS contradiction (
+  request BLOB NOT NULL, stage INTEGER NOT NULL, sent INTEGER NOT NULL, step INTEGER NOT NULL,
+  chain BLOB NOT NULL, signature BLOB NOT NULL, position INTEGER NOT NULL, rows INTEGER NOT NULL,
+  input_digest BLOB NOT NULL, output_digest BLOB NOT NULL, input_chain BLOB NOT NULL, output_chain BLOB NOT NULL,
+  fingerprint BLOB NOT NULL, proof BLOB NOT NULL,
+  PRIMARY KEY (request, stage, sent)
+) WITHOUT ROWID;
 """
 _BUSY_SECONDS: Final = 10.0
 # What a step costs on disk besides its input bytes: digests, chains, row and index overhead.
@@ -73,17 +83,6 @@ class StageResult:
     sketch: bytes
     salt: bytes
     output_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """A neighbour's signed hand-over statement. `stage` is the stage that made it."""
-
-    stage: int
-    sent: bool
-    step: int
-    chain: bytes
-    signature: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,10 +285,61 @@ class EvidenceStore:
                 row[0] for row in self._database.execute("SELECT DISTINCT request FROM attestation ORDER BY request")
             )
 
+    def save_contradiction(self, request: bytes, found: Contradiction) -> None:
+        """Keep what is to be reported once its signer has revealed its evidence; one of each stage and direction."""
+        statement, leaf = found.statement, found.step
+        with self._lock, self._transaction():
+            self._database.execute(
+                "INSERT OR IGNORE INTO contradiction VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                (
+                    request,
+                    statement.stage,
+                    statement.sent,
+                    statement.step,
+                    statement.chain,
+                    statement.signature,
+                    *leaf.as_tuple()[1:],
+                    b"".join(found.proof),
+                ),
+            )
+
+    def contradictions(self, request: bytes) -> tuple[Contradiction, ...]:
+        with self._lock, self._errors():
+            rows = self._database.execute(
+                "SELECT stage, sent, step, chain, signature, position, rows, input_digest, output_digest, input_chain,"
+                " output_chain, fingerprint, proof FROM contradiction WHERE request = ? ORDER BY stage, sent",
+                (request,),
+            ).fetchall()
+        return tuple(
+            Contradiction(
+                Statement(stage, bool(sent), step, chain, signature),
+                EvidenceStep(step, *leaf),
+                tuple(proof[first : first + BYTES32] for first in range(0, len(proof), BYTES32)),
+            )
+            for stage, sent, step, chain, signature, *leaf, proof in rows
+        )
+
+    def contradicted_requests(self) -> tuple[bytes, ...]:
+        """Requests about which there is something to report."""
+        with self._lock, self._errors():
+            return tuple(
+                row[0] for row in self._database.execute("SELECT DISTINCT request FROM contradiction ORDER BY request")
+            )
+
+    def drop_contradiction(self, request: bytes, found: Contradiction) -> None:
+        """It was reported, or never can be."""
+        with self._lock, self._transaction():
+            self._database.execute(
+                "DELETE FROM contradiction WHERE request = ? AND stage = ? AND sent = ?",
+                (request, found.statement.stage, found.statement.sent),
+            )
+
     # -- retention
 
     def forget(self, request: bytes) -> None:
-        """The dispute is over: remove everything about the request and give the space back."""
+        """The dispute is over: remove everything about the request and give the space back. Contradictions stay: the
+        stake they concern outlives the request.
+        """
         with self._lock, self._transaction():
             for table in ("stage", "step", "statement", "attestation"):
                 self._database.execute(f"DELETE FROM {table} WHERE request = ?", (request,))

@@ -205,7 +205,9 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
             await context.write(answer)
 
     async def _authorised_stage(self, request: execution_pb2.GetStageEvidenceRequest) -> RecordedStage:
-        """The stage, if the caller may see it: seated members and neighbours everything, the requester no tensors."""
+        """The stage, if the caller may see it: seated members and neighbours everything; the requester, and members who
+        judge the stage before or after it, no tensors.
+        """
         request_id, stage = bytes(request.request_id), request.stage
         if len(request_id) != BYTES32:
             raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, "request_id must be 32 bytes")
@@ -235,12 +237,18 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
         if caller == on_chain.requester and not request.with_inputs:
             return recorded
         route = await self._chain.stages(request_id)
-        neighbours = {route[(stage + 1) % len(route)].node, route[(stage - 1) % len(route)].node} if route else set()
+        adjacent = {(stage + 1) % len(route), (stage - 1) % len(route)} if route else set()
+        neighbours = {route[other].node for other in adjacent}
         if caller in neighbours or await self._chain.is_seated(request_id, stage, caller):
             return recorded
+        if not request.with_inputs:
+            for other in adjacent:
+                if await self._chain.is_seated(request_id, other, caller):
+                    return recorded
         raise Refusal(
             ErrorReason.ERROR_REASON_NOT_SEATED,
-            f"{caller} neither sits on the committee of this stage nor is next to it on the route",
+            f"{caller} neither sits on the committee of this stage nor is next to it on the route; a member of the "
+            "stage before or after it may ask for the evidence without inputs",
         )
 
     def _evidence_message(self, recorded: RecordedStage) -> execution_pb2.StageEvidence:

@@ -23,7 +23,7 @@ from eth_typing import ChecksumAddress
 from bsns.chain.errors import ChainError
 from bsns.chain.signer import Signer
 from bsns.protocol.identifiers import ProtocolError, address
-from bsns.protocol.typed_data import SIGNATURE_LENGTH, Domain, recover, signing_digest
+from bsns.protocol.typed_data import PEER_PROOF, SIGNATURE_LENGTH, Domain, recover, signing_digest
 from bsns.v1 import execution_pb2, execution_pb2_grpc
 from node_client.chain_view import ChainView, NodeEndpoint
 from node_client.errors import ErrorReason, Refusal
@@ -33,8 +33,6 @@ from node_client.settings import NodeSettings, is_loopback, split_endpoint
 if TYPE_CHECKING:
     from bsns.v1.execution_pb2_grpc import ShardExecutionAsyncStub
 
-# Its own type, so that no challenge of a coordinator can be made to look like a proof to a peer.
-PEER_PROOF: Final = "PeerProof(address node,address receiver,uint256 deadline)"
 PEER_PROOF_KEY: Final = "bsns-peer-proof-bin"
 _ADDRESS_LENGTH: Final = 20
 _DEADLINE_LENGTH: Final = 8

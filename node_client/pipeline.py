@@ -24,13 +24,14 @@ from eth_typing import ChecksumAddress
 from bsns.chain.errors import ChainError
 from bsns.chain.signer import Signer
 from bsns.protocol.commitments import extend_chain
+from bsns.protocol.hand_over import Statement
 from bsns.protocol.identifiers import BYTES32, ZERO_HASH
 from bsns.protocol.sketch import SketchError
 from bsns.protocol.typed_data import HAND_OVER, is_signed_by, signing_digest
 from bsns.v1 import common_pb2, execution_pb2
 from node_client.chain_view import ChainView, SigningDomains
 from node_client.errors import ErrorReason, Refusal, SigningRefusedError, StorageError, StorageFullError
-from node_client.evidence_store import EvidenceStore, StageResult, Statement
+from node_client.evidence_store import EvidenceStore, StageResult
 from node_client.peers import PeerPool
 from node_client.session_store import Session, SessionState, SessionStore
 from node_client.settings import MAXIMUM_FRAME_BYTES, NodeSettings

@@ -1,10 +1,11 @@
 """Committee work: judging one stage of somebody else's request by executing it again.
 
-Owns the whole judgement: fetch the evidence from its executor, check it against the chain and against itself,
-re-execute the stage in one teacher-forced pass from the exact bytes of its input, check the draws of a last stage, and
-say what an honest node attests. Promises that what it returns follows from the evidence and the weights alone, never
-from what the executor claims about its output; and that evidence which does not open the executor's own commitment is
-never executed. Does not send transactions: see node_client.chain_duties.
+Owns the whole judgement: fetch the evidence from its executor, check it against the chain, against itself and against
+the evidence of the stages before and after it, re-execute the stage in one teacher-forced pass from the exact bytes of
+its input, check the draws of a last stage, and say what an honest node attests. Promises that what it returns follows
+from evidence, signatures and weights alone, never from what the executor claims about its output; and that evidence
+which does not open its executor's own commitment is neither executed nor compared. Does not send transactions: see
+node_client.chain_duties.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +29,15 @@ from bsns.protocol.commitments import (
     input_commitment,
     sketch_seed,
     stage_commitment,
+)
+from bsns.protocol.hand_over import (
+    MAXIMUM_STATEMENTS,
+    Contradiction,
+    Linkage,
+    ShownStage,
+    Statement,
+    contradictions,
+    linkage,
 )
 from bsns.protocol.identifiers import BYTES32, ZERO_HASH, ModelId, ProtocolError, RequestId
 from bsns.protocol.manifest import ModelManifest
@@ -58,14 +68,33 @@ class EvidenceInvalidError(Exception):
 
 @dataclass(frozen=True)
 class FetchedEvidence:
-    """Evidence that opened the commitment; `inputs[t]` are the exact input bytes of step t."""
+    """Evidence that opened the commitment; `inputs[t]` are the exact input bytes of step t, if they were asked for."""
 
-    evidence: StageEvidence
+    shown: ShownStage
     inputs: tuple[bytes, ...]
     evidence_root: bytes
     output_tokens: int
     sampling: SamplingParameters
     prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What this node attests, and which contradictions between statements and evidence it found on the way."""
+
+    result: StageResult
+    contradictions: tuple[Contradiction, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What the chain says about a request. `commitments` are those of the judged stage and its neighbours."""
+
+    request_id: RequestId
+    request: RequestView
+    route: tuple[StageView, ...]
+    commitments: Mapping[int, bytes]
+    manifest: ModelManifest
 
 
 def no_valid_evidence() -> StageResult:
@@ -90,27 +119,34 @@ class Reexecution:
         self._settings, self._signer, self._domains = settings, signer, domains
         self._chain, self._runtime, self._peers, self._clock = chain, runtime, peers, clock
 
-    async def judge(self, request_id: bytes, stage: int, give_up: Callable[[], bool]) -> StageResult:
+    async def judge(self, request_id: bytes, stage: int, give_up: Callable[[], bool]) -> Judgement:
         """What this node attests for `stage`. Asks for the evidence until `give_up()`; ChainError if the chain cannot
         be read.
         """
         logger = log.bind(request_id=request_id.hex(), stage=stage)
         request = await self._chain.request(request_id)
         route = await self._chain.stages(request_id)
-        own_commitment = (await self._chain.stage_record(request_id, stage)).commitment
+        before, after = (stage - 1) % len(route), (stage + 1) % len(route)
+        commitments = {
+            number: (await self._chain.stage_record(request_id, number)).commitment for number in {before, stage, after}
+        }
         model = ModelId(await self._chain.model_of_plan(request.plan_id))
+        case = _Case(RequestId(request_id), request, route, commitments, self._runtime.store(model).manifest)
+        found: tuple[Contradiction, ...] = ()
         while True:
             try:
-                manifest = self._runtime.store(model).manifest
-                fetched = await self._fetch(request_id, stage, request, route, own_commitment, manifest)
-                return await self._execute(request_id, stage, model, route[stage], fetched)
+                fetched = await self._fetch(case, stage, with_inputs=True)
+                lied, found = await self._check_links(case, fetched.shown, before, after, give_up)
+                if lied:
+                    return Judgement(no_valid_evidence(), found)
+                return Judgement(await self._execute(case, stage, model, fetched), found)
             except EvidenceInvalidError as error:
                 logger.warning("evidence_invalid", detail=str(error))
-                return no_valid_evidence()
+                return Judgement(no_valid_evidence(), found)
             except Refusal as refusal:
                 if refusal.reason == ErrorReason.ERROR_REASON_MALFORMED_TENSOR:
                     logger.warning("evidence_invalid", detail=refusal.detail)
-                    return no_valid_evidence()
+                    return Judgement(no_valid_evidence(), found)
                 if refusal.reason == ErrorReason.ERROR_REASON_WEIGHTS_UNAVAILABLE:
                     # Attesting "no evidence" for want of our own weights would blame an honest executor.
                     raise
@@ -120,18 +156,63 @@ class Reexecution:
                 logger.info("evidence_unavailable", detail=detail)
             if give_up():
                 logger.warning("evidence_given_up")
-                return no_valid_evidence()
+                return Judgement(no_valid_evidence(), found)
             await asyncio.sleep(self._settings.evidence_retry_seconds)
 
-    async def _fetch(
-        self,
-        request_id: bytes,
-        stage: int,
-        request: RequestView,
-        route: tuple[StageView, ...],
-        commitment: bytes,
-        manifest: ModelManifest,
-    ) -> FetchedEvidence:
+    async def _check_links(
+        self, case: _Case, own: ShownStage, before: int, after: int, give_up: Callable[[], bool]
+    ) -> tuple[bool, tuple[Contradiction, ...]]:
+        """Whether the judged stage lied about what it received or sent, and what can be proven about either end.
+
+        A neighbour that shows nothing in time, and a hop that no statement decides, speak against nobody.
+        """
+        shown: dict[int, ShownStage | None] = {own.stage: own}
+        missing = sorted({before, after} - shown.keys())
+        shown.update(zip(missing, await asyncio.gather(*(self._neighbour(case, it, give_up) for it in missing))))
+        domain, request = self._domains.verification, case.request_id
+        lied = False
+        found: dict[tuple[int, bool], Contradiction] = {}
+        for sender, receiver in dict.fromkeys(((before, own.stage), (own.stage, after))):
+            first, second = shown[sender], shown[receiver]
+            if first is None or second is None:
+                continue
+            link = linkage(domain, request, first, second)
+            if link is Linkage.HOLDS:
+                continue
+            log.warning("link_broken", request_id=request.hex(), sender=sender, receiver=receiver, link=link.value)
+            lied |= (sender == own.stage and link.blames_sender) or (receiver == own.stage and link.blames_receiver)
+            for item in contradictions(domain, request, first, second):
+                # A node does not report itself: whatever made it contradict itself is for its operator to find.
+                if case.route[item.statement.stage].node != self._signer.address:
+                    found[item.statement.stage, item.statement.sent] = item
+        return lied, tuple(found.values())
+
+    async def _neighbour(self, case: _Case, stage: int, give_up: Callable[[], bool]) -> ShownStage | None:
+        """What a stage next to the judged one shows, without its inputs; None if it does not show evidence in time."""
+        logger = log.bind(request_id=case.request_id.hex(), neighbour=stage)
+        try:
+            async with asyncio.timeout(self._settings.neighbour_evidence_seconds):
+                while True:
+                    try:
+                        return (await self._fetch(case, stage, with_inputs=False)).shown
+                    except Refusal as refusal:
+                        logger.info("neighbour_evidence_unavailable", detail=refusal.detail)
+                    except grpc.aio.AioRpcError as error:
+                        logger.info("neighbour_evidence_unavailable", detail=error.details())
+                    except OSError as error:
+                        logger.info("neighbour_evidence_unavailable", detail=str(error))
+                    if give_up():
+                        return None
+                    await asyncio.sleep(self._settings.evidence_retry_seconds)
+        except TimeoutError:
+            logger.info("neighbour_evidence_given_up")
+        except EvidenceInvalidError as error:
+            # Its own committee sees to that; it says nothing about the stage judged here.
+            logger.warning("neighbour_evidence_invalid", detail=str(error))
+        return None
+
+    async def _fetch(self, case: _Case, stage: int, *, with_inputs: bool) -> FetchedEvidence:
+        request_id, served = case.request_id, case.route[stage]
         deadline = int(self._clock()) + _QUERY_SECONDS
         query = execution_pb2.GetStageEvidenceRequest(
             request_id=request_id,
@@ -140,7 +221,7 @@ class Reexecution:
             signature=self._signer.sign_digest(
                 signing_digest(self._domains.verification, EVIDENCE_QUERY, (request_id, stage, deadline))
             ),
-            with_inputs=True,
+            with_inputs=with_inputs,
         )
         header: execution_pb2.StageEvidence | None = None
         inputs: dict[int, bytearray] = {}
@@ -154,29 +235,29 @@ class Reexecution:
                     if header is not None:
                         raise EvidenceInvalidError("the evidence came twice")
                     header = message.evidence
-                    _check_header(header, request_id, stage, request, route, commitment, manifest)
+                    _check_header(header, case, stage)
                     continue
-                if header is None or message.input.step >= len(header.steps):
-                    raise EvidenceInvalidError("inputs came before the evidence, or for steps that are not in it")
+                if header is None or not with_inputs or message.input.step >= len(header.steps):
+                    raise EvidenceInvalidError("inputs came before the evidence, unasked, or for steps not in it")
                 received += len(message.input.payload)
                 if received > limit:
                     raise EvidenceInvalidError(f"more than {limit} bytes of inputs")
                 inputs.setdefault(message.input.step, bytearray()).extend(message.input.payload)
 
-        await self._peers.with_channel(route[stage].node, receive)
+        await self._peers.with_channel(served.node, receive)
         if header is None:
             raise Refusal(ErrorReason.ERROR_REASON_EVIDENCE_UNAVAILABLE, "the executor sent no evidence")
         evidence = _evidence_of(header)
         ordered = []
-        for step in evidence.steps:
+        for step in evidence.steps if with_inputs else ():
             data = bytes(inputs.get(step.step, b""))
             if content_digest(data) != step.input_digest:
                 raise EvidenceInvalidError(f"the input bytes of step {step.step} are not those of the evidence")
-            if len(data) != input_bytes(manifest, route[stage].first_unit, step.rows):
+            if len(data) != input_bytes(case.manifest, served.first_unit, step.rows):
                 raise EvidenceInvalidError(f"the input of step {step.step} has the wrong length")
             ordered.append(data)
         return FetchedEvidence(
-            evidence,
+            ShownStage(stage, served.node, evidence, _statements_of(header)),
             tuple(ordered),
             bytes(header.evidence_root),
             header.output_tokens,
@@ -184,14 +265,13 @@ class Reexecution:
             header.input.prompt_tokens,
         )
 
-    async def _execute(
-        self, request_id: bytes, stage: int, model: ModelId, served: StageView, fetched: FetchedEvidence
-    ) -> StageResult:
+    async def _execute(self, case: _Case, stage: int, model: ModelId, fetched: FetchedEvidence) -> StageResult:
+        served = case.route[stage]
         executor = await self._runtime.executor(model, served.first_unit, served.end_unit)
         try:
-            sketch = new_sketch(sketch_seed(RequestId(request_id), stage), executor)
+            sketch = new_sketch(sketch_seed(case.request_id, stage), executor)
             head = holds_head(executor)
-            steps = fetched.evidence.steps
+            steps = fetched.shown.evidence.steps
             number = 0
             draws_hold = True
 
@@ -226,7 +306,7 @@ class Reexecution:
         candidates are the tokens whose digest it can be; an honest one is among the likeliest, and the search ends at
         the first that fits.
         """
-        wanted = fetched.evidence.steps[number].output_digest
+        wanted = fetched.shown.evidence.steps[number].output_digest
         token = _token_of_digest(wanted, logits)
         if token is None:
             return False
@@ -265,19 +345,19 @@ def _evidence_of(header: execution_pb2.StageEvidence) -> StageEvidence:
         raise EvidenceInvalidError(str(error)) from error
 
 
-def _check_header(
-    header: execution_pb2.StageEvidence,
-    request_id: bytes,
-    stage: int,
-    request: RequestView,
-    route: tuple[StageView, ...],
-    commitment: bytes,
-    manifest: ModelManifest,
-) -> None:
+def _statements_of(header: execution_pb2.StageEvidence) -> tuple[Statement, ...]:
+    return tuple(
+        Statement(item.stage, item.sent, item.step, bytes(item.chain), bytes(item.signature))
+        for item in header.neighbour_statements[:MAXIMUM_STATEMENTS]
+    )
+
+
+def _check_header(header: execution_pb2.StageEvidence, case: _Case, stage: int) -> None:
     """Everything that can be checked before a byte of input is taken."""
+    request, served = case.request, case.route[stage]
     root, sealed = bytes(header.evidence_root), bytes(header.sealed_sketch)
-    if not len(root) == len(sealed) == BYTES32 or commitment != stage_commitment(
-        RequestId(request_id), 0, stage, route[stage].node, root, sealed, header.output_tokens
+    if not len(root) == len(sealed) == BYTES32 or case.commitments[stage] != stage_commitment(
+        case.request_id, 0, stage, served.node, root, sealed, header.output_tokens
     ):
         # Somebody who is not the executor may have answered at its address; the executor's own evidence may still come.
         raise Refusal(
@@ -305,7 +385,7 @@ def _check_header(
     first = evidence.steps[0]
     if first.rows != opening.prompt_tokens or any(step.rows != 1 for step in evidence.steps[1:]):
         raise EvidenceInvalidError("step 0 is the prompt and each later step one token")
-    if first.rows + len(evidence.steps) - 1 > manifest.context_limit:
+    if first.rows + len(evidence.steps) - 1 > case.manifest.context_limit:
         raise EvidenceInvalidError("more positions than the model's context")
-    if route[stage].first_unit == 0 and first.input_digest != opening.prompt_digest:
+    if served.first_unit == 0 and first.input_digest != opening.prompt_digest:
         raise EvidenceInvalidError("stage 0 executed another prompt than the request's")

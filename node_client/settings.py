@@ -120,6 +120,9 @@ class NodeSettings(BaseSettings):
         default=2 / 3, gt=0, lt=1, description="share of the attest window spent asking for evidence"
     )
     evidence_retry_seconds: float = Field(default=2.0, gt=0)
+    neighbour_evidence_seconds: float = Field(
+        default=10.0, gt=0, description="time spent asking for the evidence next to a stage that is judged"
+    )
 
     # Disk
     evidence_bytes: int = Field(

@@ -32,6 +32,8 @@ HAND_OVER = "HandOver(bytes32 requestId,uint16 stage,bool sent,uint32 step,bytes
 SESSION_TOKEN = "SessionToken(bytes32 requestId,bytes32 inputCommitment,uint256 deadline)"
 EVIDENCE_QUERY = "EvidenceQuery(bytes32 requestId,uint16 stage,uint256 deadline)"
 ATTACH_PROOF = "AttachProof(address node,bytes32 challenge)"
+# Its own type, so that no challenge of a coordinator can be made to look like a proof to a peer.
+PEER_PROOF = "PeerProof(address node,address receiver,uint256 deadline)"
 MEASUREMENTS = "Measurements(bytes32 modelId,address node,bytes32 contentHash,uint64 measuredAt)"
 
 
@@ -49,7 +51,7 @@ class Domain:
 
 
 def registry_domain(chain_id: int, registry: ChecksumAddress) -> Domain:
-    """Domain of NodeKeyProof and AttachProof."""
+    """Domain of NodeKeyProof, AttachProof and PeerProof."""
     return Domain("bsns NodeRegistry", chain_id, registry)
 
 

@@ -391,10 +391,7 @@ async def running_network(folder: Path, terms: Terms | None = None) -> AsyncIter
     home = folder / "cache" / "models" / "tiny" / "only"
     home.mkdir(parents=True)
     manifest = write_model_folder("tiny", tiny_source(model).load(), home, silent)
-    async with (
-        running_anvil("--block-time", "1", "--disable-code-size-limit") as anvil,
-        contextlib.AsyncExitStack() as stack,
-    ):
+    async with running_anvil("--block-time", "1") as anvil, contextlib.AsyncExitStack() as stack:
         deployer, publisher, requester = (named_key(name) for name in ("deployer", "publisher", "requester"))
         for signer in (deployer, publisher, requester):
             await anvil.rpc("anvil_setBalance", signer.address, hex(1_000 * ETHER))

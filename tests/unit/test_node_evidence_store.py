@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from bsns.protocol.commitments import EvidenceBuilder
+from bsns.protocol.hand_over import Contradiction, Statement
 from bsns.protocol.sampling import SamplingParameters
 from node_client.errors import StorageError, StorageFullError
-from node_client.evidence_store import EvidenceStore, InputOpening, StageResult, Statement
+from node_client.evidence_store import EvidenceStore, InputOpening, StageResult
 
 REQUEST = b"\x07" * 32
 OPENING = InputOpening(b"\x01" * 32, 3, SamplingParameters(0.7, 5, 0.9, 2**64 - 1, 9), b"\x02" * 32)
@@ -64,6 +65,26 @@ def test_attestation_saved_twice_returns_the_first(tmp_path: Path) -> None:
     other = StageResult(RESULT.evidence_root, RESULT.sketch, b"\x06" * 32, 2)
     assert store.save_attestation(REQUEST, 1, 0, RESULT) == RESULT
     assert store.save_attestation(REQUEST, 1, 0, other) == RESULT
+    store.close()
+
+
+def test_contradiction_after_reopening_and_the_end_of_the_dispute_is_complete_until_it_is_dropped(
+    tmp_path: Path,
+) -> None:
+    store = filled(tmp_path / "e.sqlite")
+    evidence = store.steps(REQUEST, 1)
+    found = Contradiction(
+        Statement(1, False, 1, b"c" * 32, b"s" * 65), evidence.steps[1], (*evidence.tree.proof(1), b"p" * 32)
+    )
+    store.save_contradiction(REQUEST, found)
+    store.save_contradiction(REQUEST, found)
+    store.forget(REQUEST)
+    store.close()
+    store = EvidenceStore(tmp_path / "e.sqlite", BUDGET)
+    assert store.contradicted_requests() == (REQUEST,)
+    assert store.contradictions(REQUEST) == (found,)
+    store.drop_contradiction(REQUEST, found)
+    assert store.contradicted_requests() == ()
     store.close()
 
 

@@ -19,6 +19,7 @@ ADDRESS = address("0x" + "cd" * 20)
 TYPES: dict[str, tuple[typed_data.Domain, str]] = {
     "NodeKeyProof": (typed_data.registry_domain(31337, CONTRACT), typed_data.NODE_KEY_PROOF),
     "AttachProof": (typed_data.registry_domain(1, CONTRACT), typed_data.ATTACH_PROOF),
+    "PeerProof": (typed_data.registry_domain(31337, CONTRACT), typed_data.PEER_PROOF),
     "PlanConsent": (typed_data.assignments_domain(31337, CONTRACT), typed_data.PLAN_CONSENT),
     "Measurements": (typed_data.assignments_domain(10, CONTRACT), typed_data.MEASUREMENTS),
     "SessionToken": (typed_data.escrow_domain(31337, CONTRACT), typed_data.SESSION_TOKEN),

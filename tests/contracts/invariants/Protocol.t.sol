@@ -35,6 +35,6 @@ contract ProtocolInvariantTest is ProtocolHandler {
         for (uint256 i = 0; i < ACTIONS; i++) {
             console.log("action", i, counts[i]);
         }
-        console.log("guarded tallies, slashes", guardedTallies, slashes);
+        console.log("guarded tallies, of backup rounds, slashes", guardedTallies, guardedBackupTallies, slashes);
     }
 }

@@ -59,6 +59,7 @@ abstract contract ProtocolHandler is Swarm {
     uint256[ACTIONS] public counts;
     /// Tallies in which more than two thirds of the revealed stake was honest, and slashes seen.
     uint256 public guardedTallies;
+    uint256 public guardedBackupTallies;
     uint256 public slashes;
 
     ProtocolLedger private _ledger;
@@ -518,6 +519,7 @@ abstract contract ProtocolHandler is Swarm {
         _tallyStage(id, stage, verification.membersOf(id, round, stage).length);
         slashes += _ledger.judge(id, stage, round, guarded, before);
         if (guarded) guardedTallies++;
+        if (guarded && round > 1) guardedBackupTallies++;
     }
 
     function _check() internal view {

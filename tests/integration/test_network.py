@@ -1,8 +1,16 @@
-"""The whole product on real processes: a paid, sharded, verified inference with the real language model."""
+"""The whole product on real processes: one verified inference, a dishonest node, a coordinator that is killed.
+
+In one file, so that tests run side by side never start two networks at once.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import signal
+import sqlite3
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +20,8 @@ import torch
 from bsns.protocol.record import VerificationRecord
 from bsns.requester.chat_tokenizer import ChatTokenizer
 from bsns.runtime.prepare import prepare
-from tests.integration.network import running_network
-from tests.unit.runtime_models import embedded_reference
+from tests.integration.network import run_command, running_network
+from tests.unit.runtime_models import embedded_reference, prepared_tiny_model
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -21,6 +29,20 @@ PROMPTS = (
     'He said "¿cuánto es 17 × 3?" & left; answer him — briefly!',
 )
 ANSWER_TOKENS = 20
+# Every kind of event that moves a request on, in the order in which they come.
+STEPS = (
+    "RequestOpened",
+    "RequestRouted",
+    "StageCommitted",
+    "CommitmentsComplete",
+    "CommitteeDrawn",
+    "AttestationCommitted",
+    "StageRevealed",
+    "AttestationRevealed",
+    "StageTallied",
+    "VerdictReached",
+)
+STEP_TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="session")
@@ -93,3 +115,33 @@ async def test_dishonest_node_and_no_other_is_slashed_and_the_requester_refunded
         assert answer["status"].lower() == "refunded"
         audited = await network.audit(record_file)
         assert audited.status == 0, audited.output
+
+
+@pytest.mark.timeout(420)
+async def test_coordinator_killed_after_every_chain_step_settles_exactly_once(tmp_path: Path) -> None:
+    """kill -9 of the coordinator between any two chain steps of a request."""
+    model_folder = prepared_tiny_model(tmp_path / "model")
+    async with running_network(tmp_path / "network", model_folder, node_count=3) as network:
+        command = network.request_command("a b c", tmp_path / "record.json", maximum_tokens=4)
+        requesting = asyncio.ensure_future(run_command(command))
+        for step in STEPS:
+            await network.await_event(step, STEP_TIMEOUT_S, unless=requesting)
+            victim = network.devnet.coordinator.process
+            victim.send_signal(signal.SIGKILL)
+            await victim.wait()
+            network.devnet.processes.remove(network.devnet.coordinator)
+            await network.devnet.start_coordinator()
+        await network.await_event("RequestSettled", STEP_TIMEOUT_S)
+        done = await requesting
+        assert done.status == 0, done.error
+        assert json.loads(done.output)["token_ids"]
+        counts = Counter(event.name for event in await network.events())
+        assert counts["RequestRouted"] == 1
+        assert counts["RequestSettled"] == 1
+        assert counts["RequestRefunded"] == 0
+        assert counts["RequestConcluded"] == 1
+        assert counts["StageTallied"] == counts["StageCommitted"] == 3
+        assert (await network.audit(tmp_path / "record.json")).status == 0
+    with sqlite3.connect(tmp_path / "network" / "coordinator.sqlite") as database:
+        keys = [row[0] for row in database.execute("select key from intents")]
+    assert len(keys) == len(set(keys))
