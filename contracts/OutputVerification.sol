@@ -859,11 +859,12 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     /// @dev After the last tally of a round: refund, another round, or a verdict that can be challenged.
     function _endRound(RequestId requestId, Docket storage docket) private {
         if (docket.pending != 0) return;
-        if (docket.failure != 0) {
+        if (docket.escalating != 0) {
+            // Also of a request that has failed: an accomplice who sacrifices himself must not spare the liar of another stage.
+            _beginRound(requestId, docket, docket.escalating);
+        } else if (docket.failure != 0) {
             emit VerdictReached(requestId, false, 0);
             _reject(requestId, docket);
-        } else if (docket.escalating != 0) {
-            _beginRound(requestId, docket, docket.escalating);
         } else {
             uint64 challengeDeadline = _after(_terms.challengeWindow);
             docket.phase = Phase.Challengeable;

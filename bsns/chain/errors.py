@@ -2,6 +2,7 @@
 
 ChainError
 ├── ChainUnavailableError     no answer, or not a usable one: retry later
+│   └── InsufficientFundsError  the sending account cannot pay: fund it, then retry
 ├── WrongChainError           the endpoint is on another chain than the deployment: fix the settings
 ├── UnknownBlockError         a block that is not canonical any more: walk back
 ├── ContractError             the contracts refused, with their decoded custom error
@@ -21,6 +22,18 @@ class ChainError(Exception):
 
 class ChainUnavailableError(ChainError):
     """The RPC endpoint did not answer, answered too late, or with an error of its own."""
+
+
+class InsufficientFundsError(ChainUnavailableError):
+    """The sending account cannot pay value and gas of a transaction. Nothing was sent; it may be tried again once the
+    account is funded. `account` is None where it is not known.
+    """
+
+    def __init__(self, account: str | None, detail: str) -> None:
+        self.account = account
+        self.detail = detail
+        who = "the sending account" if account is None else f"account {account}"
+        super().__init__(f"{who} cannot pay for the transaction and its gas ({detail}): fund it and try again")
 
 
 class WrongChainError(ChainError):

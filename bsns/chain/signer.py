@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from eth_account import Account
 from eth_keys.datatypes import PrivateKey
 from eth_typing import ChecksumAddress
+from eth_utils.exceptions import ValidationError
 
 from bsns.protocol.identifiers import address
 
@@ -31,10 +32,16 @@ class Signer(Protocol):
 
 
 class KeySigner:
-    """A private key in this process's memory. Never shows it: repr is the address alone."""
+    """A private key in this process's memory. Never shows it: repr is the address alone.
+
+    ValueError if the bytes are no private key; the message does not hold them.
+    """
 
     def __init__(self, private_key: bytes) -> None:
-        self._key = PrivateKey(private_key)
+        try:
+            self._key = PrivateKey(private_key)
+        except ValidationError:  # its message shows the number
+            raise ValueError("a private key is 32 bytes, not zero and below the curve order") from None
         self._address = address(self._key.public_key.to_canonical_address())
 
     @property

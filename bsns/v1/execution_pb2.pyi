@@ -459,7 +459,8 @@ Global___CloseSessionResponse: _TypeAlias = CloseSessionResponse  # noqa: Y015
 @_typing.final
 class GetStageEvidenceRequest(_message.Message):
     """EIP-712 EvidenceQuery(bytes32 requestId,uint16 stage,uint256 deadline) under the domain of OutputVerification, signed by a seated
-    committee member's node key, by a neighbour on the route, or by the requester (who gets no tensors).
+    committee member's node key, by a neighbour on the route, or, for the evidence without tensors, by the requester or a member seated on the
+    stage before or after this one.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -484,6 +484,51 @@ contract OutputVerificationTallyTest is OutputVerificationScenario {
         _assertVerdict(id, 0, StageVerdict.NoQuorum);
     }
 
+    /// @dev Members 1 to `members` attest stage 0, the first `liars` of them alike in a lie. Ends before the tally.
+    function _split(uint256 members, uint256 liars) private returns (RequestId id) {
+        id = _drawnRequest(_plan);
+        for (uint256 i = 1; i <= members; i++) {
+            _attest(id, 0, _hot(i), i <= liars ? _moved(_truth(id, 0), 1000) : _truth(id, 0));
+        }
+        _endAttesting(id);
+        _revealAllStages(id);
+        _revealMembers(id);
+    }
+
+    function test_tally_exactlyTwoThirds_areAQuorum() public {
+        RequestId id = _split(6, 2);
+        vm.expectRevert(abi.encodeWithSelector(IOutputVerification.MedoidWithoutQuorum.selector, 4 * STAKE, 2 * STAKE));
+        verification.tally(id, 0, 0);
+        vm.expectRevert(abi.encodeWithSelector(IOutputVerification.QuorumExists.selector, 0, 2));
+        verification.tallyWithoutQuorum(id, 0);
+        verification.tally(id, 0, 5);
+        _assertVerdict(id, 0, StageVerdict.Accepted);
+    }
+
+    function test_tally_lessThanTwoThirds_areNone() public {
+        RequestId id = _split(5, 2);
+        uint256 required = (5 * STAKE * 2 + 2) / 3;
+        vm.expectRevert(abi.encodeWithSelector(IOutputVerification.MedoidWithoutQuorum.selector, required, 3 * STAKE));
+        verification.tally(id, 0, 4);
+        verification.tallyWithoutQuorum(id, 0);
+        _assertVerdict(id, 0, StageVerdict.NoQuorum);
+    }
+
+    /// Silent stake counts neither for nor against.
+    function test_tally_unrevealedStake_isNotCounted() public {
+        RequestId id = _drawnRequest(_plan);
+        for (uint256 i = 1; i <= 6; i++) {
+            _attest(id, 0, _hot(i), _truth(id, 0));
+        }
+        _endAttesting(id);
+        _revealAllStages(id);
+        _revealAttestation(id, 0, _hot(5));
+        _revealAttestation(id, 0, _hot(6));
+        _endRevealing(id);
+        verification.tally(id, 0, 4);
+        _assertVerdict(id, 0, StageVerdict.Accepted);
+    }
+
     function test_tally_unanimousTruth_verifiesTheRequest() public {
         RequestId id = _revealedAt(0);
         vm.expectEmit(address(verification));

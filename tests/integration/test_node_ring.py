@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bsns.chain.submitter import Submitter
+from bsns.protocol.commitments import EvidenceBuilder, content_digest, sketch_seed
+from bsns.protocol.identifiers import ZERO_HASH, RequestId
 from bsns.protocol.sampling import SamplingParameters
+from bsns.runtime import activation_codec
+from bsns.runtime.activation_codec import TensorEncoding
 from bsns.runtime.executor import StageExecutor
 from bsns.runtime.weight_store import WeightStore
 from bsns.v1 import common_pb2, execution_pb2
 from node_client.chain_view import Phase, RequestStatus
-from node_client.shard_runtime import stage_executor
+from node_client.evidence_store import EvidenceStore, StageResult
+from node_client.shard_runtime import decode_input, new_sketch, stage_executor
 from tests.integration.node_fixtures import (
     Network,
     OpenedRequest,
@@ -176,6 +183,85 @@ async def test_executor_that_hands_on_other_activations_is_far_from_what_the_com
                 "OutputVerification", "sketchDistance", item.arguments["sketch"], sketches[item.arguments["stage"]]
             )
             assert (distance > 500) == (item.arguments["stage"] == 1), (item.arguments["stage"], distance)
+
+
+def sealed_with_invented_inputs(store: EvidenceStore, executor: StageExecutor) -> Callable[..., None]:
+    """EvidenceStore.seal of a node that serves honestly and then claims, and executes honestly, other inputs."""
+    seal = store.seal
+
+    def seal_something_else(request: bytes, stage: int, result: StageResult) -> None:
+        session = executor.new_session(64)
+        sketch, builder = new_sketch(sketch_seed(RequestId(request), stage), executor), EvidenceBuilder()
+        for step in store.steps(request, stage).steps:
+            encoding, data = store.step_input(request, stage, step.step)
+            invented = (np.frombuffer(data, "<f4") * np.float32(1.5)).tobytes()
+            output = executor.forward(session, decode_input(executor, invented, step.rows), position=step.position)
+            payload = activation_codec.encode(TensorEncoding.RAW_FLOAT32, output)
+            digests = content_digest(invented), content_digest(payload)
+            leaf = builder.add(step.rows, *digests, sketch.add(output.detach().numpy()))
+            store.add_step(request, stage, leaf, encoding, invented)
+        root = builder.finish().root
+        seal(request, stage, StageResult(root, sketch.value(), result.salt, result.output_tokens))
+
+    return seal_something_else
+
+
+async def test_executor_that_invents_its_inputs_has_no_valid_evidence_and_loses_its_stake_and_no_other_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_network(tmp_path) as network:
+        names = ("a", "b", "c", "d")
+        nodes = {name: (await network.start_node(name))[1].node for name in names}
+        await network.until_active(*nodes.values())
+        plan = await network.publish_plan([("a", 0, 2), ("b", 2, 4), ("c", 4, 6)])
+        attested: dict[tuple[int, str], StageResult] = {}
+        for name in names:
+            store = network.services[name].evidence
+            assert store is not None
+
+            def save(
+                request: bytes, round_: int, stage: int, result: StageResult, name: str = name, store: Any = store
+            ) -> StageResult:
+                attested[stage, name] = result
+                return EvidenceStore.save_attestation(store, request, round_, stage, result)
+
+            monkeypatch.setattr(store, "save_attestation", save)
+        liar = network.services["b"].evidence
+        assert liar is not None
+        weights = WeightStore(next(network.cache.glob("models/*/*/manifest.json")).parent)
+        monkeypatch.setattr(liar, "seal", sealed_with_invented_inputs(liar, StageExecutor(weights, 2, 4)))
+
+        opened = await network.open_request(plan, PROMPT, GREEDY)
+        answer = await network.ask(opened, ("a", "b", "c"))
+        assert answer.tokens == whole_model_answer(network, PROMPT, GREEDY.maximum_tokens), "it serves honestly"
+        await network.draw(opened)
+        seats = {(stage, name) for stage in range(3) for name in names if name != "abc"[stage]}
+
+        async def all_attested() -> bool:
+            return attested.keys() == seats
+
+        await until(all_attested, "every member attested every stage")
+        for (stage, name), result in attested.items():
+            expected = (ZERO_HASH, 0) if stage == 1 else (result.evidence_root, len(answer.tokens))
+            assert (result.evidence_root, result.output_tokens) == expected, (stage, name)
+            assert (result.evidence_root == ZERO_HASH) == (stage == 1)
+
+        async def refunded() -> bool:
+            request = await network.client.call("InferenceEscrow", "requestOf", opened.id)
+            return bool(request.status == RequestStatus.REFUNDED)
+
+        await until(refunded, "requester refunded")
+        stores = [service.evidence for service in network.services.values()]
+
+        async def all_reported() -> bool:
+            return all(store is not None and not store.contradicted_requests() for store in stores)
+
+        await until(all_reported, "nothing left to report")
+        proven = await reveals(network, opened, "ContradictionProven", 1)
+        assert {item.arguments["node"] for item in proven} == {nodes["b"]}
+        for name, node in nodes.items():
+            stake = await network.client.call("NodeRegistry", "stakeOf", node)
+            assert (stake == 0) == (name == "b"), (name, stake)
 
 
 async def test_peer_that_is_gone_is_reported_to_the_requester_and_the_node_lives(tmp_path: Path) -> None:

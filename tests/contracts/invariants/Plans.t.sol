@@ -36,6 +36,7 @@ contract PlanInvariantTest is Swarm {
     }
 
     /// forge-config: default.invariant.fail-on-revert = true
+    /// forge-config: default.invariant.shrink-run-limit = 200
     function invariant_PLAN_01() public {
         vm.warp(_clock);
         PlanId expected;

@@ -17,6 +17,7 @@ contract ProtocolInvariantTest is ProtocolHandler {
     }
 
     /// forge-config: default.invariant.fail-on-revert = true
+    /// forge-config: default.invariant.shrink-run-limit = 200
     function invariant_MONEY_STAKE_CDV_ROLE() public view {
         _check();
     }

@@ -44,10 +44,11 @@ abstract contract ProtocolHandler is Swarm {
         Thaw,
         WithdrawStake,
         Repair,
-        Wait
+        Wait,
+        Dispute
     }
 
-    uint256 public constant ACTIONS = 21;
+    uint256 public constant ACTIONS = 22;
     uint256 private constant HONEST = 6;
     uint256 private constant STAGES = 2;
     uint256 private constant R = 32;
@@ -124,6 +125,7 @@ abstract contract ProtocolHandler is Swarm {
         else if (action == Action.WithdrawStake) _withdrawStake(seed);
         else if (action == Action.Repair) _repair();
         else if (action == Action.Wait) _wait(seed % 200);
+        else if (action == Action.Dispute) _dispute(seed);
         else _performOn(action, _find(action, seed), seed);
         counts[uint256(action)]++;
     }
@@ -331,6 +333,28 @@ abstract contract ProtocolHandler is Swarm {
         }
     }
 
+    /// @dev A request fought out from its first act to its last, liars and all, with a challenge if the first verdict accepts it.
+    function _dispute(uint256 seed) private {
+        _repair();
+        RequestId id = _openNext();
+        uint16[] memory replicas = new uint16[](STAGES);
+        uint256 lyingStage = seed % (STAGES + 2);
+        if (lyingStage < STAGES) replicas[lyingStage] = 2;
+        _routeWith(id, _plan, replicas);
+        for (uint256 i = 0; escrow.requestOf(id).status == RequestStatus.Routed; i++) {
+            _commitSome(id, seed >> i);
+        }
+        _drawSomehow(id, seed);
+        for (uint256 i = 0; i < 4 && escrow.requestOf(id).status == RequestStatus.Committed; i++) {
+            uint256 mood = uint256(keccak256(abi.encode(seed, "round", i)));
+            _attestSome(id, mood);
+            if (verification.verificationOf(id).phase == Phase.Attesting) _endAttesting(id);
+            _revealSome(id, mood);
+            _tallySome(id, mood);
+            if (_applies(Action.Challenge, id)) _challengeSome(id, seed >> i);
+        }
+    }
+
     function _challengeSome(RequestId id, uint256 seed) private {
         vm.deal(_challenger, _challenger.balance + 1 ether);
         vm.prank(_challenger);
@@ -533,7 +557,10 @@ abstract contract ProtocolHandler is Swarm {
         for (uint256 i = 0; i < ACTIONS && _steps >= RUN; i++) {
             assertGt(counts[i], 0, string.concat("action never performed: ", vm.toString(i)));
         }
-        if (_steps >= RUN) assertGt(guardedTallies, 0, "no tally with an honest majority");
+        if (_steps >= RUN) {
+            assertGt(guardedTallies, 0, "no tally with an honest majority");
+            assertGt(guardedBackupTallies, 0, "none that could slash");
+        }
         vm.warp(_clock + 365 days);
         _ledger.finish();
     }

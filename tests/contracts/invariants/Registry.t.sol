@@ -61,6 +61,7 @@ contract RegistryInvariantTest is Swarm {
     }
 
     /// forge-config: default.invariant.fail-on-revert = true
+    /// forge-config: default.invariant.shrink-run-limit = 200
     function invariant_STAKE_registry() public view {
         uint256 owed;
         uint256 sortition;
@@ -197,11 +198,14 @@ contract RegistryInvariantTest is Swarm {
     /// @dev Out of the registry by the regular way, once its duties are closed.
     function _leave(uint256 i) private {
         if (registry.statusOf(_hot(i)) != NodeStatus.Exiting) _beginExit(i);
-        while (_duties[i] > 0) {
-            _duty(i, false);
-        }
         uint256 thawEnd = registry.accountOf(_hot(i)).thawEnd;
         if (block.timestamp < thawEnd) vm.warp(thawEnd);
+        while (_duties[i] > 0) {
+            vm.prank(_operator(i));
+            (bool left,) = address(registry).call(abi.encodeCall(registry.withdraw, (_hot(i))));
+            assertFalse(left, "STAKE-03: left with a duty open");
+            _duty(i, false);
+        }
         _barredUntil[i] = registry.accountOf(_hot(i)).jailedUntil;
         _takeOut(i, _staked[i]);
         assertEq(uint8(registry.statusOf(_hot(i))), uint8(NodeStatus.Absent));
@@ -217,8 +221,10 @@ contract RegistryInvariantTest is Swarm {
     }
 
     function _jail(uint256 i, uint256 seed) private {
+        uint256 term = registry.accountOf(_hot(i)).jailedUntil;
         vm.prank(address(verification));
         registry.jail(_hot(i), uint64(block.timestamp + 1 + seed % 2 days));
+        assertGe(registry.accountOf(_hot(i)).jailedUntil, term, "a term is never shortened");
     }
 
     function _leaveJail(uint256 i) private {
