@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,7 +34,6 @@ EXIT_REFUSED: Final = 3
 EXIT_UNAVAILABLE: Final = 4
 EXIT_NOT_SERVED: Final = 5
 PASSWORD_VARIABLE: Final = "BSNS_KEYSTORE_PASSWORD"
-KEY_BYTES: Final = 32
 AUDIT_PATIENCE_S: Final = 3.0
 MAXIMUM_PROMPT_BYTES: Final = 4 * 1024 * 1024
 
@@ -175,18 +173,17 @@ def request(
             asked = _prompt(prompt, prompt_ids)
             if not isinstance(asked, list):
                 asked = list(client.token_ids(asked))
-            stream = _Stream(as_json)
-            answer = await client.request(
-                asked,
-                sampling,
-                stop=stop or (),
-                on_token=stream.token,
-                on_progress=stream.progress,
-                fee_wei=fee,
-                publisher=publisher,
-                wait_for_settlement=wait,
-            )
-            stream.end()
+            with _Stream(as_json) as stream:
+                answer = await client.request(
+                    asked,
+                    sampling,
+                    stop=stop or (),
+                    on_token=stream.token,
+                    on_progress=stream.progress,
+                    fee_wei=fee,
+                    publisher=publisher,
+                    wait_for_settlement=wait,
+                )
             await _report_answer(client, answer, asked if token_ids else None, record, token_ids, as_json)
 
     _run(run())
@@ -209,9 +206,12 @@ def requests(
     async def run() -> None:
         async with _client(rpc, deployment, key_file, password_file, state_dir, model_folder) as client:
             if resume is not None:
-                stream = _Stream(as_json)
-                answer = await client.resume(_request_id(resume), on_token=stream.token, on_progress=stream.progress)
-                stream.end()
+                with _Stream(as_json) as stream:
+                    answer = await client.resume(
+                        _request_id(resume), on_token=stream.token, on_progress=stream.progress
+                    )
+                    if not stream.has_shown_text:
+                        stream.token(0, answer.text)
                 await _report_answer(client, answer, None, record, False, as_json)
                 return
             found = await client.requests()
@@ -354,19 +354,27 @@ class _Stream:
     def __init__(self, as_json: bool) -> None:
         self._error = as_json
         self._column = 0
+        self.has_shown_text = False
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
 
     def token(self, _token: int, text: str) -> None:
         if text:
+            self.has_shown_text = True
             typer.echo(text, nl=False, err=self._error)
             self._column = 0 if text.endswith("\n") else 1
             (sys.stderr if self._error else sys.stdout).flush()
 
     def progress(self, text: str) -> None:
         if self._error or sys.stderr.isatty():
-            self.end()
+            self._end()
             typer.echo(f"· {text}", err=True)
 
-    def end(self) -> None:
+    def _end(self) -> None:
         if self._column:
             typer.echo(err=self._error)
             self._column = 0
@@ -394,7 +402,13 @@ async def _report_answer(
         rate = "" if answer.tokens_per_second is None else f", {answer.tokens_per_second:.1f} tokens/s"
         paid = "not settled yet" if answer.charged is None else f"{answer.charged:,} wei"
         typer.echo(f"· {answer.status}, {paid}, {len(answer.token_ids)} tokens{rate}", err=True)
-        typer.echo(f"· request 0x{answer.request_id.hex()}", err=True)
+        if answer.charged is not None and answer.charged < answer.fee_wei:
+            typer.echo(f"· {answer.fee_wei - answer.charged:,} wei of the deposit are yours to take back:", err=True)
+            typer.echo(f"·   bsns refund 0x{answer.request_id.hex()}", err=True)
+        else:
+            typer.echo(f"· request 0x{answer.request_id.hex()}", err=True)
+    if answer.finish_reason == "interrupted":
+        typer.echo("bsns: the answer was interrupted: what did not arrive before cannot be had any more", err=True)
 
 
 @contextlib.asynccontextmanager
@@ -420,7 +434,7 @@ async def _reading_client(rpc: str, deployment: Path, model_folder: Path | None)
 
     with tempfile.TemporaryDirectory(prefix="bsns-") as state:
         known, folder = _deployment(deployment), _model_folder(model_folder)
-        signer = KeySigner(secrets.token_bytes(KEY_BYTES))
+        signer = KeySigner(secrets.token_bytes(32))
         async with await Client.connect(rpc, known, signer, Path(state), model_folder=folder) as client:
             yield client
 
@@ -438,7 +452,7 @@ def _run(work: Any) -> None:
 @contextlib.contextmanager
 def _exit_codes() -> Iterator[None]:
     from bsns.audit.errors import AuditError
-    from bsns.chain.errors import ChainError, ContractError
+    from bsns.chain.errors import ChainError, ContractError, InsufficientFundsError
     from bsns.protocol.identifiers import ProtocolError
     from bsns.requester import errors
 
@@ -446,7 +460,13 @@ def _exit_codes() -> Iterator[None]:
         yield
     except (_UsageError, errors.InvalidRequestError, errors.JournalError, AuditError, ProtocolError) as error:
         _fail(EXIT_USAGE, error)
-    except (errors.ChainRefusedError, errors.RefundNotDueError, ContractError) as error:
+    except (
+        errors.ChainRefusedError,
+        errors.InsufficientFundsError,
+        errors.RefundNotDueError,
+        ContractError,
+        InsufficientFundsError,
+    ) as error:
         _fail(EXIT_REFUSED, error)
     except errors.NotServedError as error:
         _fail(EXIT_NOT_SERVED, error)
@@ -498,46 +518,13 @@ def _model_folder(given: Path | None) -> Path | None:
 
 
 def _signer(path: Path, password_file: Path | None) -> KeySigner:
-    """The signer behind a key file that only its owner can read: 64 hexadecimal digits, or a keystore v3 with a
-    password.
-    """
-    from bsns.chain.signer import KeySigner
+    from bsns.chain.key_file import KeyFileError, load_key
 
+    advice = f"--keystore-password-file, or {PASSWORD_VARIABLE} in the environment"
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        content = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _UsageError(f"the key file {path} cannot be read: {error}") from error
-    if mode & 0o077:
-        raise _UsageError(f"others may read the key file {path} (mode {mode:o}): run `chmod 600 {path}`")
-    if content.startswith("{"):
-        return KeySigner(_decrypted(path, content, password_file))
-    try:
-        raw = bytes.fromhex(content.removeprefix("0x"))
-        if len(raw) != KEY_BYTES:
-            raise ValueError(f"it has {len(raw)} bytes, expected {KEY_BYTES}")
-        return KeySigner(raw)
-    except ValueError as error:
-        raise _UsageError(f"{path} is neither 64 hexadecimal digits nor a keystore v3") from error
-
-
-def _decrypted(path: Path, content: str, password_file: Path | None) -> bytes:
-    from eth_account import Account
-
-    password = os.environ.get(PASSWORD_VARIABLE)
-    if password_file is not None:
-        try:
-            password = password_file.read_text().rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise _UsageError(f"the password file {password_file} cannot be read: {error}") from error
-    if not password:
-        raise _UsageError(
-            f"{path} is a keystore: give --keystore-password-file, or {PASSWORD_VARIABLE} in the environment"
-        )
-    try:
-        return bytes(Account.decrypt(json.loads(content), password))
-    except (ValueError, KeyError, TypeError) as error:
-        raise _UsageError(f"the keystore {path} cannot be opened: wrong password, or not a keystore v3") from error
+        return load_key(path, os.environ.get(PASSWORD_VARIABLE), password_file, password_advice=advice)
+    except KeyFileError as error:
+        raise _UsageError(str(error)) from error
 
 
 def _request_id(text: str) -> bytes:

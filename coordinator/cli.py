@@ -1,8 +1,8 @@
 """`bsns-coordinator`: deploy contracts, migrate the database, serve, and look at what is going on.
 
-Owns how commands read options and report. Exit codes: 0 done, 2 wrong use or settings, 3 the chain or the contracts
-refused, 4 chain or database unavailable. Never asks a question. Everything for programs is one JSON document on
-standard output; logs go to standard error.
+Owns how commands read options and report. Exit codes: 0 done, 2 wrong use or settings, 3 the contracts or the database
+refused, or the account cannot pay, 4 chain or database unavailable. Never asks a question. Everything for programs is
+one JSON document on standard output; logs go to standard error.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bsns.chain.client import Web3ChainClient
-from bsns.chain.deployment import Deployment, Terms, deploy
-from bsns.chain.errors import ChainError, ChainUnavailableError
+from bsns.chain.deployment import Terms, deploy
+from bsns.chain.errors import ChainError, ContractError, InsufficientFundsError, TransactionFailedError
 from bsns.protocol.identifiers import ProtocolError, model_id
 from coordinator import service
 from coordinator.demo import DemoSettings, run_demo, run_devnet
@@ -33,15 +33,20 @@ from coordinator.devnet import DevnetError
 from coordinator.dispatch import PlanPolicy
 from coordinator.dispatch.plan_publication import compute_plan
 from coordinator.network_state import NetworkStateError
-from coordinator.settings import SettingsError, load_key, load_settings
-from coordinator.storage import Storage, StorageError, StorageUnavailableError, migrate
+from coordinator.settings import SettingsError, load_deployment, load_key, load_settings
+from coordinator.storage import Storage, StorageError, StorageSettingsError, StorageUnavailableError, migrate
 
 EXIT_USAGE: Final = 2
 EXIT_REFUSED: Final = 3
 EXIT_UNAVAILABLE: Final = 4
 
+_HELP: Final = (
+    "Deploy contracts, migrate the database, serve, and look at what is going on.\n\n"
+    "Settings of serve also come from variables BSNS_COORDINATOR_… or a TOML file. Exit codes: 0 done, 2 wrong use "
+    "or settings, 3 the contracts or the database refused, or the account cannot pay, 4 chain or database unavailable."
+)
 app = typer.Typer(
-    name="bsns-coordinator", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+    name="bsns-coordinator", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP
 )
 
 
@@ -134,7 +139,13 @@ def deploy_command(
         terms = _terms(network, terms_file)
         console = Console(stderr=True)
         made = asyncio.run(
-            deploy(rpc, signer, terms, treasury=treasury, progress=lambda name, at: console.print(f"{name} at {at}"))
+            deploy(
+                rpc,
+                signer,
+                terms,
+                treasury=treasury,
+                progress=lambda name, at: console.print(f"{name} at {at}", soft_wrap=True),
+            )
         )
         made.save(deployment)
         _say(dataclasses.asdict(made))
@@ -164,7 +175,7 @@ def status(
         if as_json:
             _say(content)
             return
-        console = Console()
+        console = _console()
         console.print(f"block {content['cursor'] and content['cursor']['number']}, lag {content['head_lag_blocks']}")
         table = Table("node", "status", "stake (wei)", "open duties", "endpoint")
         for node in content["nodes"]:
@@ -197,7 +208,7 @@ def plan(
                 identity = model_id(model.manifest_hash, model.weight_root, len(model.units))
                 measurements = storage.measurements(identity)
             else:
-                stored = storage.measurement_set(bytes.fromhex(measurements_hash.removeprefix("0x")))
+                stored = storage.measurement_set(_hash(measurements_hash))
                 if stored is None:
                     raise SettingsError(f"this database has no measurements {measurements_hash}")
                 measurements = {item.node: item for item, _signature in stored}
@@ -215,7 +226,7 @@ def plan(
         if as_json:
             _say(content)
             return
-        console = Console()
+        console = _console()
         console.print(f"root {content['root']}")
         table = Table("stage", "replica", "units", "node", "work weight")
         for item in computed.assignments:
@@ -261,8 +272,23 @@ async def _status(database_url: str, rpc: str | None, deployment: Path | None) -
         return await service.status(database_url, None)
     if deployment is None:
         raise SettingsError("--rpc needs --deployment, which names the chain")
-    async with await Web3ChainClient.connect(rpc, Deployment.load(deployment)) as chain:
+    async with await Web3ChainClient.connect(rpc, load_deployment(deployment)) as chain:
         return await service.status(database_url, chain)
+
+
+def _hash(text: str) -> bytes:
+    try:
+        value = bytes.fromhex(text.removeprefix("0x"))
+    except ValueError:
+        value = b""
+    if len(value) != 32:
+        raise SettingsError(f"{text!r:.80} is not a hash: 0x and 64 hexadecimal digits")
+    return value
+
+
+def _console() -> Console:
+    """Wide enough for addresses and hashes when standard output is a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _terms(network: Network, changes: Path | None) -> Terms:
@@ -286,11 +312,13 @@ def _reported() -> Iterator[None]:
     """Every expected error becomes one line and an exit code."""
     try:
         yield
-    except* (SettingsError, ProtocolError) as group:
+    except* (SettingsError, StorageSettingsError, ProtocolError) as group:
         _fail(group, EXIT_USAGE)
-    except* (ChainUnavailableError, StorageUnavailableError) as group:
+    except* (ContractError, TransactionFailedError, InsufficientFundsError) as group:
+        _fail(group, EXIT_REFUSED)
+    except* (ChainError, StorageUnavailableError) as group:
         _fail(group, EXIT_UNAVAILABLE)
-    except* (ChainError, StorageError, NetworkStateError, DevnetError) as group:
+    except* (StorageError, NetworkStateError, DevnetError) as group:
         _fail(group, EXIT_REFUSED)
 
 

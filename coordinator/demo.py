@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bsns.protocol.record import VerificationRecord
-from coordinator.devnet import Devnet, DevnetError
+from coordinator.devnet import MARKER_FILE, Devnet, DevnetError
 
 REQUEST_TIMEOUT_S = 600.0
 AUDIT_TIMEOUT_S = 60.0
@@ -49,13 +49,15 @@ async def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
 
 
 async def run_devnet(folder: Path, nodes: int, console: Console) -> None:
-    """A network that runs until SIGINT or SIGTERM, with what to type to use it."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """A network that runs until SIGINT or SIGTERM, with what to type to use it. A process of it that ends is reported;
+    only without its chain does the network end too.
+    """
+    clear_network_folder(folder)
     model_folder = await prepared_model()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    devnet = Devnet(folder, model_folder / "manifest.json", node_count=nodes, progress=console.print)
+    devnet = Devnet(folder, model_folder / "manifest.json", node_count=nodes, progress=lambda line: console.print(line, highlight=False, soft_wrap=True))
     async with devnet:
         await devnet.await_plan()
         console.print(
@@ -70,9 +72,24 @@ async def run_devnet(folder: Path, nodes: int, console: Console) -> None:
             soft_wrap=True,
         )
         while not stop.is_set():
-            devnet.check()
+            for died in devnet.take_dead():
+                console.print(
+                    f"{died.name} ended with status {died.process.returncode}; the network goes on without it, see "
+                    f"{died.log}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), WATCH_INTERVAL_S)
+
+
+def clear_network_folder(folder: Path) -> None:
+    """Remove what an earlier network left in `folder`; DevnetError if it holds anything else."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER_FILE).exists()):
+        raise DevnetError(f"{folder} is not the folder of an earlier network, so it is not emptied: give another, or delete it")
+    shutil.rmtree(folder)
 
 
 async def prepared_model() -> Path:
@@ -97,7 +114,7 @@ class Demo:
         self._model_folder = model_folder
         self._began = time.monotonic()
         folder = settings.output / "network"
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_network_folder(folder)
         self._devnet = Devnet(
             folder,
             model_folder / "manifest.json",

@@ -39,6 +39,8 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
 LOG_TAIL_LINES = 25
 POLL_S = 0.05
+# Says that a folder was made by a devnet, and may be emptied by the next one.
+MARKER_FILE = ".bsns-devnet"
 PLAN_TIMEOUT_S = 90.0
 PLAN_POLL_S = 0.25
 
@@ -182,6 +184,14 @@ class Devnet:
                     f"the end of {child.log}:\n{child.tail()}"
                 )
 
+    def take_dead(self) -> list[ManagedProcess]:
+        """Processes that have ended since the last call; DevnetError if the chain is one of them."""
+        dead = [child for child in self.processes if not child.running]
+        if self._anvil in dead:
+            self.check()
+        self.processes = [child for child in self.processes if child.running]
+        return dead
+
     async def await_plan(self) -> list[tuple[Any, ...]]:
         """Wait until the coordinator's first plan is in effect; its assignments as Solidity structs."""
         deadline = time.monotonic() + PLAN_TIMEOUT_S
@@ -221,6 +231,7 @@ class Devnet:
     async def _start(self) -> None:
         for name in ("keys", "logs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        (self.folder / MARKER_FILE).touch()
         await self._start_anvil()
         deployer = self._new_key("coordinator")
         others = [self._new_key(name) for name in ("requester", *(f"operator-{i}" for i in range(self.node_count)))]

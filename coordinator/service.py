@@ -36,7 +36,7 @@ from coordinator.chain_follower import ChainFollower
 from coordinator.coordination_service import NodeCoordinationServicer
 from coordinator.dispatch import NodePool, PlanPublication, RequestRouting
 from coordinator.network_state import RequestState, RequestStatus
-from coordinator.settings import CoordinatorSettings, SettingsError, load_key
+from coordinator.settings import CoordinatorSettings, SettingsError, load_deployment, load_key
 from coordinator.storage import Storage, StorageUnavailableError, migrate
 from coordinator.transaction_outbox import TransactionOutbox
 from coordinator.verification_desk import Phase, VerificationRules, VerificationView, wanted_intents
@@ -252,11 +252,16 @@ class Coordinator:
                 port = server.add_secure_port(settings.listen, grpc.ssl_server_credentials([pair]))
         except (RuntimeError, OSError) as error:
             raise SettingsError(
-                f"cannot listen on {settings.listen}: {error}; choose another port or address"
+                f"cannot listen on {settings.listen}: {_bind_failure(error)}; choose another port or address"
             ) from error
         await server.start()
         self.endpoint = f"{host}:{port}"
         return server
+
+
+def _bind_failure(error: RuntimeError | OSError) -> str:
+    """gRPC says "failed to bind" whatever the reason was; the reason is on standard error."""
+    return "the port is in use or not ours" if isinstance(error, RuntimeError) else str(error)
 
 
 def load_manifests(paths: tuple[Path, ...]) -> list[ModelManifest]:
@@ -275,10 +280,7 @@ async def open_coordinator(settings: CoordinatorSettings) -> AsyncIterator[Coord
     """A coordinator from settings: key, deployment, migrated database the writer's place, a connected chain."""
     password = settings.keystore_password.get_secret_value() if settings.keystore_password else None
     signer = load_key(settings.key_file, password, settings.keystore_password_file)
-    try:
-        deployment = Deployment.load(settings.deployment)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    deployment = load_deployment(settings.deployment)
     manifests = load_manifests(settings.manifest)
     if settings.migrate_on_start:
         await asyncio.to_thread(migrate, settings.database_url)

@@ -2,24 +2,22 @@
 
 Sources, strongest first: command-line options, environment (prefix BSNS_COORDINATOR_), a TOML file (--config or
 BSNS_COORDINATOR_CONFIG_FILE), defaults. Promises that what loads is complete and in range, and that `shown` contains no
-secret. Also reads the key file: raw hex or an Ethereum keystore v3, readable by its owner alone.
+secret. Also reads the files that settings name, and says which setting is to blame.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import json
 import os
-import re
-import stat
 from pathlib import Path
 from typing import Any, Final
 
-from eth_account import Account
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from bsns.chain import key_file
+from bsns.chain.deployment import Deployment
 from bsns.chain.signer import KeySigner
+from bsns.protocol.endpoints import is_loopback, masked_url, split_endpoint
 from bsns.protocol.plan import MAXIMUM_STAGES
 from coordinator.chain_follower import FollowerLimits
 from coordinator.coordination_service import ConversationLimits
@@ -28,7 +26,6 @@ from coordinator.transaction_outbox import OutboxLimits
 
 CONFIG_FILE_VARIABLE: Final = "BSNS_COORDINATOR_CONFIG_FILE"
 KIB: Final = 1024
-_KEY_BYTES: Final = 32
 _MAXIMUM_UINT128: Final = 2**128 - 1
 
 
@@ -106,9 +103,7 @@ class CoordinatorSettings(BaseSettings):
     @field_validator("listen")
     @classmethod
     def _host_and_port(cls, value: str) -> str:
-        host, separator, port = value.rpartition(":")
-        if not separator or not host or not port.isdecimal() or int(port) > 65_535:
-            raise ValueError("must be host:port")
+        split_endpoint(value)
         return value
 
     @model_validator(mode="after")
@@ -213,9 +208,10 @@ def load_settings(config: Path | None = None, **options: Any) -> CoordinatorSett
     """Settings from options (None: not given), environment and TOML file; SettingsError names each wrong one."""
     given = {name: value for name, value in options.items() if value is not None}
     if config is not None:
-        if not config.is_file():
-            raise SettingsError(f"there is no settings file {config}")
         os.environ[CONFIG_FILE_VARIABLE] = str(config)
+    configured = os.environ.get(CONFIG_FILE_VARIABLE)
+    if configured and not Path(configured).is_file():
+        raise SettingsError(f"there is no settings file {configured}")
     try:
         return CoordinatorSettings(**given)
     except ValidationError as error:
@@ -228,55 +224,21 @@ def load_settings(config: Path | None = None, **options: Any) -> CoordinatorSett
 
 
 def load_key(path: Path, password: str | None = None, password_file: Path | None = None) -> KeySigner:
-    """The signer behind a key file that only its owner can read: 64 hexadecimal digits, or a keystore v3 with a
-    password.
-    """
+    """The publisher's signer; SettingsError says what is wrong with the file."""
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        content = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"the key file {path} cannot be read: {error}") from error
-    if mode & 0o077:
-        raise SettingsError(f"others may read the key file {path} (mode {mode:o}): run `chmod 600 {path}`")
-    if content.startswith("{"):
-        return KeySigner(_decrypted(path, content, password, password_file))
-    try:
-        raw = bytes.fromhex(content.removeprefix("0x"))
-        if len(raw) != _KEY_BYTES:
-            raise ValueError(f"it has {len(raw)} bytes, expected {_KEY_BYTES}")
-        return KeySigner(raw)
-    except ValueError as error:
-        raise SettingsError(f"{path} is neither 64 hexadecimal digits nor a keystore v3") from error
-
-
-def _decrypted(path: Path, content: str, password: str | None, password_file: Path | None) -> bytes:
-    if password_file is not None:
-        try:
-            password = password_file.read_text().rstrip("\r\n")
-        except OSError as error:
-            raise SettingsError(f"the password file {password_file} cannot be read: {error}") from error
-    if not password:
-        raise SettingsError(
-            f"{path} is a keystore: give keystore_password_file or the variable BSNS_COORDINATOR_KEYSTORE_PASSWORD"
+        return key_file.load_key(
+            path,
+            password,
+            password_file,
+            password_advice="keystore_password_file or the variable BSNS_COORDINATOR_KEYSTORE_PASSWORD",
         )
+    except key_file.KeyFileError as error:
+        raise SettingsError(str(error)) from error
+
+
+def load_deployment(path: Path) -> Deployment:
+    """The deployment file; SettingsError if it is none."""
     try:
-        return bytes(Account.decrypt(json.loads(content), password))
-    except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"the keystore {path} cannot be opened: wrong password, or not a keystore v3") from error
-
-
-def is_loopback(where: str) -> bool:
-    """Whether "host:port" is on loopback, where plaintext is allowed."""
-    host = where.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def masked_url(url: str) -> str:
-    """`url` without the password in it, and without a query, where providers put keys."""
-    without_password = re.sub(r"(://[^/@:]*):[^/]*@", r"\1:**********@", url)
-    return re.sub(r"\?.*", "?**********", without_password)
+        return Deployment.load(path)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error

@@ -23,6 +23,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import (
     BigInteger,
     Column,
@@ -220,6 +221,10 @@ _AGGREGATE_TABLES: Final[Mapping[AggregateKind, Table]] = {
 
 class StorageError(Exception):
     """The database refused. Nothing of the transaction was kept; the message says why and what to do."""
+
+
+class StorageSettingsError(StorageError):
+    """The URL or the revision given cannot be used, whatever the database does."""
 
 
 class StorageUnavailableError(StorageError):
@@ -792,8 +797,14 @@ def _translated() -> Iterator[None]:
         raise StorageUnavailableError(
             f"the database refused ({error.orig}): check its disk, its server and the URL; nothing was stored"
         ) from error
-    except (SQLAlchemyError, ArgumentError) as error:
+    except ArgumentError as error:
+        raise StorageSettingsError(
+            f"the database URL cannot be used ({error}): give a sqlite:/// or postgresql:// URL"
+        ) from error
+    except SQLAlchemyError as error:
         raise StorageError(f"the database cannot be used: {error}") from error
+    except CommandError as error:
+        raise StorageSettingsError(f"the database cannot be migrated: {error}") from error
 
 
 def migration_engine(url: str) -> Engine:
@@ -810,7 +821,7 @@ def _engine(url: str) -> Engine:
     if parsed.get_backend_name() == "postgresql":
         return create_engine(parsed, pool_pre_ping=True)
     if parsed.get_backend_name() != "sqlite":
-        raise StorageError(f"{parsed.get_backend_name()} is not supported: give a sqlite:/// or postgresql:// URL")
+        raise StorageSettingsError(f"{parsed.get_backend_name()} is not supported: give a sqlite:/// or postgresql:// URL")
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": _SQLITE_BUSY_TIMEOUT_S, "check_same_thread": False})

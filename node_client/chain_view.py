@@ -26,7 +26,6 @@ from bsns.protocol.typed_data import (
     registry_domain,
     verification_domain,
 )
-from node_client.settings import split_endpoint
 
 # Bounds memory when a caller asks for many made-up requests within one block.
 _REMEMBERED_LIMIT: Final = 10_000

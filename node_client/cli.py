@@ -2,7 +2,7 @@
 
 Owns commands, exit codes and what is printed: one JSON line on standard output when a node is ready, logs on standard
 error, tables or `--json` from reading commands. Exit codes: 0 done, 2 a setting or file cannot be used, 3 the
-contracts refuse, 4 the chain is out of reach or another one. Secrets are never arguments. Decides nothing else: see
+contracts refuse or the account cannot pay, 4 the chain is out of reach or another one. Secrets are never arguments. Decides nothing else: see
 node_client.service.
 """
 
@@ -26,12 +26,13 @@ import typer
 
 from bsns.chain.client import Web3ChainClient
 from bsns.chain.deployment import Deployment
-from bsns.chain.errors import ChainError, ContractError, TransactionFailedError
+from bsns.chain.errors import ChainError, ContractError, InsufficientFundsError, TransactionFailedError
 from bsns.chain.submitter import Submitter
+from bsns.protocol.endpoints import split_endpoint
 from node_client.chain_view import ChainView, NodeStatus
 from node_client.errors import NodeError, Refusal, SettingsError
 from node_client.keystore import NODE_KEY_FILE, OPERATOR_KEY_FILE, Keystore, read_private_key, write_secret
-from node_client.settings import CONFIG_FILE_VARIABLE, NodeSettings, split_endpoint
+from node_client.settings import CONFIG_FILE_VARIABLE, NodeSettings
 from node_client.signing_guard import SigningGuard, read_history
 
 EXIT_USAGE: Final = 2
@@ -46,7 +47,7 @@ Result = TypeVar("Result")
 app = typer.Typer(
     name="bsns-node",
     help="Stake, serve shards of models, attest the work of others. Exit codes: 0 done, 2 usage, 3 "
-    "refused by the contracts, 4 chain unavailable.",
+    "refused by the contracts, or the account cannot pay, 4 chain unavailable.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -180,12 +181,16 @@ def exit_command(
 
     async def leave(client: Web3ChainClient) -> int:
         node, submitter = _operator(settings, client)
-        await submitter.submit("NodeRegistry", "beginExit", node)
+        status = NodeStatus(await client.call("NodeRegistry", "statusOf", node))
+        if status is NodeStatus.ABSENT:
+            raise SettingsError(f"node {node} is not registered: there is nothing to leave")
+        if status is not NodeStatus.EXITING:
+            await submitter.submit("NodeRegistry", "beginExit", node)
         return int((await client.call("NodeRegistry", "accountOf", node)).thawEnd)
 
     thaw_end = _run(_with_client(settings, leave))
     typer.echo(
-        f"Exit begun. The stake can be withdrawn with `bsns-node withdraw` after {time.ctime(thaw_end)} "
+        f"The exit has begun. The stake can be withdrawn with `bsns-node withdraw` after {time.ctime(thaw_end)} "
         "once all duties are closed; "
         "keep the node running until then, it can still be blamed for what it did."
     )
@@ -202,22 +207,25 @@ def withdraw(
     """Take out credits, and the stake that has thawed."""
     settings = _settings(config, rpc_url=rpc, deployment=deployment, data_dir=data_dir, password_file=password_file)
 
-    async def take(client: Web3ChainClient) -> list[str]:
+    async def take(client: Web3ChainClient) -> bool:
         node, submitter = _operator(settings, client)
-        taken = []
+        found = False
         for contract in ("InferenceEscrow", "NodeRegistry", "OutputVerification"):
             credit = int(await client.call(contract, "creditOf", submitter.address))
             if credit:
                 await submitter.submit(contract, "withdrawCredit", submitter.address)
-                taken.append(f"credit of {contract}: {_coins(credit)}")
+                typer.echo(f"credit of {contract}: {_coins(credit)}")
+                found = True
         account = await client.call("NodeRegistry", "accountOf", node)
-        if account.thawing:
+        if account.thawing and (await client.head()).timestamp < account.thawEnd:
+            typer.echo(f"stake of {_coins(account.thawing)} thaws until {time.ctime(account.thawEnd)}; come back then")
+        elif account.thawing:
             await submitter.submit("NodeRegistry", "withdraw", node)
-            taken.append(f"stake: {_coins(account.thawing)}")
-        return taken
+            typer.echo(f"stake: {_coins(account.thawing)}")
+        return found or bool(account.thawing)
 
-    for line in _run(_with_client(settings, take)) or ["There is nothing to withdraw."]:
-        typer.echo(line)
+    if not _run(_with_client(settings, take)):
+        typer.echo("There is nothing to withdraw.")
 
 
 @app.command()
@@ -235,19 +243,29 @@ def doctor(
         config, rpc_url=rpc, deployment=deployment, data_dir=data_dir, model_cache=model_cache, listen=listen
     )
     findings = _run(_diagnose(settings))
+    is_fine = all(ok for _, ok, _ in findings)
     if as_json:
-        typer.echo(json.dumps([{"check": name, "ok": ok, "detail": detail} for name, ok, detail in findings]))
+        checks = [{"check": name, "ok": ok, "detail": detail} for name, ok, detail in findings]
+        typer.echo(json.dumps({"ok": is_fine, "checks": checks}))
     else:
         for name, ok, detail in findings:
             typer.echo(f"{'ok  ' if ok else 'FAIL'} {name}: {detail}")
-    if not all(ok for _, ok, _ in findings):
+    if not is_fine:
         raise typer.Exit(EXIT_UNAVAILABLE)
 
 
 @keys_app.command("show")
 def keys_show(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """Addresses of the keys; no password is needed."""
-    _show(_guarded(lambda: Keystore(_folder(data_dir) / "keys", "unused").addresses()), as_json)
+
+    def read() -> dict[str, str]:
+        folder = _folder(data_dir) / "keys"
+        found = Keystore(folder, "unused").addresses()
+        if not found:
+            raise SettingsError(f"there are no keys in {folder}; `bsns-node join` makes them")
+        return found
+
+    _show(_guarded(read), as_json)
 
 
 @keys_app.command("import")
@@ -358,6 +376,8 @@ def _guarded(action: Callable[[], Result]) -> Result:
         return action()
     except (ContractError, TransactionFailedError) as error:
         raise _failure(f"the contracts refuse: {error}", EXIT_REFUSED) from error
+    except InsufficientFundsError as error:
+        raise _failure(str(error), EXIT_REFUSED) from error
     except ChainError as error:
         raise _failure(str(error), EXIT_UNAVAILABLE) from error
     except Refusal as refusal:

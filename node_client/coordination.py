@@ -31,7 +31,7 @@ from node_client.chain_view import ChainView, SigningDomains
 from node_client.errors import Refusal, SettingsError
 from node_client.peers import CHANNEL_OPTIONS
 from node_client.session_store import SessionStore
-from node_client.settings import NodeSettings, is_loopback
+from node_client.settings import NodeSettings
 from node_client.shard_runtime import ShardRuntime, weight_bytes
 
 log = structlog.get_logger(__name__)

@@ -15,7 +15,6 @@ import ipaddress
 import json
 import os
 import secrets
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -26,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from eth_account import Account
 
+from bsns.chain import key_file
 from bsns.chain.signer import KeySigner
 from bsns.protocol.identifiers import address
 from node_client.errors import KeystoreError
@@ -61,7 +61,6 @@ class Keystore:
         if not password:
             raise KeystoreError("the keystore password is empty; give a password file or BSNS_NODE_PASSWORD")
         self._folder, self._password, self._cost = folder, password, scrypt_cost
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def has(self, file: str) -> bool:
         return (self._folder / file).exists()
@@ -146,20 +145,20 @@ def read_private_key(path: Path) -> bytes:
     text = read_secret(path).decode(errors="replace").strip().removeprefix("0x")
     try:
         key = bytes.fromhex(text)
-    except ValueError as error:
-        raise KeystoreError(f"{path} does not hold a private key in hex") from error
-    _parsed(key)
+        KeySigner(key)
+    except ValueError:
+        raise KeystoreError(
+            f"{path} holds no private key: 64 hexadecimal digits, not zero, below the curve order"
+        ) from None
     return key
 
 
 def read_secret(path: Path) -> bytes:
     """Bytes of a file that nobody but its owner can read; KeystoreError otherwise."""
     try:
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise KeystoreError(f"{path} can be read by others; run `chmod 600 {path}`")
-        return path.read_bytes()
-    except OSError as error:
-        raise KeystoreError(f"{path} cannot be read: {error.strerror}") from error
+        return key_file.read_secret(path)
+    except key_file.KeyFileError as error:
+        raise KeystoreError(str(error)) from error
 
 
 def write_secret(path: Path, content: bytes) -> None:
@@ -190,8 +189,8 @@ def _document(path: Path) -> dict[str, object]:
 def _parsed(private_key: bytes) -> KeySigner:
     try:
         return KeySigner(private_key)
-    except Exception as error:  # eth-keys raises its own ValidationError, which is a plain Exception
-        raise KeystoreError("a private key is 32 bytes, not zero and below the curve order") from error
+    except ValueError as error:
+        raise KeystoreError(str(error)) from error
 
 
 def _new_certificate(host: str) -> tuple[bytes, bytes]:

@@ -28,7 +28,7 @@ from bsns.v1 import execution_pb2, execution_pb2_grpc
 from node_client.chain_view import ChainView, NodeEndpoint
 from node_client.errors import ErrorReason, Refusal
 from node_client.keystore import CERTIFICATE_NAME
-from node_client.settings import NodeSettings, is_loopback, split_endpoint
+from node_client.settings import NodeSettings
 
 if TYPE_CHECKING:
     from bsns.v1.execution_pb2_grpc import ShardExecutionAsyncStub

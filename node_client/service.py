@@ -26,15 +26,17 @@ from grpc_reflection.v1alpha import reflection
 
 from bsns.chain.client import Web3ChainClient
 from bsns.chain.deployment import Deployment
+from bsns.chain.errors import InsufficientFundsError
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
+from bsns.protocol.endpoints import is_loopback, split_endpoint
 from bsns.protocol.identifiers import address
 from bsns.protocol.typed_data import NODE_KEY_PROOF, signing_digest
 from bsns.v1 import execution_pb2, execution_pb2_grpc
 from node_client.chain_duties import ChainDuties
 from node_client.chain_view import ChainView, NodeStatus, SigningDomains
 from node_client.coordination import Coordination
-from node_client.errors import PortInUseError, SettingsError
+from node_client.errors import KeystoreError, PortInUseError, SettingsError
 from node_client.evidence_store import EvidenceStore
 from node_client.grpc_service import ShardExecutionServicer
 from node_client.keystore import (
@@ -49,7 +51,7 @@ from node_client.keystore import (
 from node_client.pipeline import Pipeline
 from node_client.reexecution import Reexecution
 from node_client.session_store import SessionStore
-from node_client.settings import NodeSettings, is_loopback, split_endpoint
+from node_client.settings import NodeSettings
 from node_client.shard_runtime import ExecutorFactory, ShardRuntime, stage_executor
 from node_client.signing_guard import SigningGuard
 
@@ -90,6 +92,10 @@ def open_keystore(settings: NodeSettings, *, create: bool = False) -> Keystore:
         if not file.exists() and create and settings.password_file is None:
             log.warning("password_created", file=str(file), advice="move it off this disk, or encrypt the disk")
             password = create_password(file)
+        elif not file.exists() and settings.password_file is None:
+            raise KeystoreError(
+                f"there is no keystore password: give --password-file or BSNS_NODE_PASSWORD ({file} is not there)"
+            )
         else:
             password = read_password(file)
     return Keystore(settings.data_dir / KEYS_FOLDER, password, settings.keystore_scrypt_cost)
@@ -141,7 +147,12 @@ class NodeService:
     async def run(self, on_ready: Callable[[Ready], None]) -> None:
         """Serve until `stop`."""
         settings = self.settings
-        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise SettingsError(
+                f"{settings.data_dir} cannot be the folder of a node ({error.strerror}); give another --data-dir"
+            ) from error
         try:
             deployment = Deployment.load(settings.deployment)
         except ValueError as error:
@@ -261,28 +272,34 @@ class NodeService:
         if not self._register:
             if status is NodeStatus.ABSENT:
                 raise SettingsError(f"node {node} is not registered; run `bsns-node join`")
-            log.warning(
-                "registration_differs",
-                endpoint=endpoint,
-                current=current,
-                balance_wei=balance,
-                advice="run `bsns-node join`",
-            )
+            if known is None or not current:
+                raise SettingsError(
+                    f"node {node} is registered at {known.endpoint if known else 'no usable endpoint'}, this process is at "
+                    f"{endpoint}{'' if known is None or known.endpoint != endpoint else ' with another certificate'}: "
+                    "give --listen and --advertise as registered, or announce the change with `bsns-node join`"
+                )
+            log.warning("gas_is_low", balance_wei=balance, advice=f"send {node} some, or run `bsns-node join`")
             return registered_operator
         operator = await asyncio.to_thread(self._operator, keystore)
         if status is not NodeStatus.ABSENT and registered_operator != operator.address:
             raise SettingsError(
                 f"node {node} belongs to operator {registered_operator}, the operator key here is {operator.address}"
             )
+        is_new, is_low = status is NodeStatus.ABSENT, balance < settings.gas_balance_minimum_wei
+        stake = settings.stake_wei if is_new else 0
+        top_up = settings.gas_balance_target_wei - balance if is_low else 0
+        # Before any money moves: a join that cannot succeed must not leave half of it behind.
+        if is_new and stake < (minimum := int(await client.call("NodeRegistry", "minimumStake"))):
+            raise SettingsError(f"the minimum stake is {minimum} wei, --stake gives {stake}")
+        if (funds := await client.balance(operator.address)) < stake + top_up:
+            raise InsufficientFundsError(
+                operator.address, f"the operator has {funds} wei, stake and gas for the node key are {stake + top_up} wei"
+            )
         submitter = Submitter(client, operator)
-        if balance < settings.gas_balance_minimum_wei:
-            amount = settings.gas_balance_target_wei - balance
-            log.info("funding_node_key", amount_wei=amount, reason="gas for commitments and attestations")
-            await submitter.transfer(node, amount, settings.transaction_timeout_seconds)
-        if status is NodeStatus.ABSENT:
-            minimum = int(await client.call("NodeRegistry", "minimumStake"))
-            if settings.stake_wei < minimum:
-                raise SettingsError(f"the minimum stake is {minimum} wei, --stake gives {settings.stake_wei}")
+        if is_low:
+            log.info("funding_node_key", amount_wei=top_up, reason="gas for commitments and attestations")
+            await submitter.transfer(node, top_up, settings.transaction_timeout_seconds)
+        if is_new:
             deadline = (await chain.head(fresh=True)).timestamp + settings.registration_proof_seconds
             digest = signing_digest(
                 domains.registry,
@@ -292,9 +309,9 @@ class NodeService:
             await submitter.submit(
                 "NodeRegistry", "register", node, identity.certificate_hash, endpoint, deadline,
                 signer.sign_digest(digest),
-                value=settings.stake_wei, timeout_s=settings.transaction_timeout_seconds,
+                value=stake, timeout_s=settings.transaction_timeout_seconds,
             )  # fmt: skip
-            log.info("registered", node=node, stake_wei=settings.stake_wei)
+            log.info("registered", node=node, stake_wei=stake)
         elif not current:
             await submitter.submit(
                 "NodeRegistry", "changeEndpoint", node, identity.certificate_hash, endpoint,

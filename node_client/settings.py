@@ -7,7 +7,6 @@ nothing but these sources.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +14,7 @@ from typing import Any, Final
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from bsns.protocol.endpoints import is_loopback, masked_url, split_endpoint
 from node_client.errors import SettingsError
 from node_client.keystore import DEFAULT_SCRYPT_COST
 
@@ -157,6 +157,8 @@ class NodeSettings(BaseSettings):
             and split_endpoint(self.listen)[0] in ("0.0.0.0", "::")
         ):
             raise ValueError("a node that listens on every address must say with `advertise` where it is reached")
+        if self.coordinator is not None and self.coordinator_certificate is None and not is_loopback(self.coordinator):
+            raise ValueError(f"{self.coordinator} is not on loopback: give its certificate with coordinator_certificate")
         return self
 
     @classmethod
@@ -177,6 +179,9 @@ class NodeSettings(BaseSettings):
     @classmethod
     def load(cls, **given: Any) -> NodeSettings:
         """From options (None: not given) and the other sources; SettingsError names each bad setting and no value."""
+        file = os.environ.get(CONFIG_FILE_VARIABLE)
+        if file and not Path(file).is_file():
+            raise SettingsError(f"there is no settings file {file}")
         try:
             return cls(**{key: value for key, value in given.items() if value is not None})
         except ValidationError as error:
@@ -189,28 +194,5 @@ class NodeSettings(BaseSettings):
             raise SettingsError(f"the settings file cannot be read: {error}") from error
 
     def shown(self) -> dict[str, Any]:
-        """Effective values for people; secrets masked."""
-        return self.model_dump(mode="json")
-
-
-def split_endpoint(endpoint: str) -> tuple[str, int]:
-    """Host and port of "host:port" or "[v6]:port"; ValueError otherwise."""
-    host, separator, port = endpoint.rpartition(":")
-    if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
-        raise ValueError(f"{endpoint!r} is not host:port")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    if any(character.isspace() or character in "/@?#" for character in host):
-        raise ValueError(f"{endpoint!r} is not host:port")
-    return host, int(port)
-
-
-def is_loopback(endpoint: str) -> bool:
-    """Whether an endpoint never leaves this machine: only then is plaintext allowed."""
-    host = split_endpoint(endpoint)[0]
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        """Effective values for people; secrets masked, also the one inside the URL of a chain endpoint."""
+        return {**self.model_dump(mode="json"), "rpc_url": masked_url(self.rpc_url)}

@@ -389,7 +389,7 @@ def _succession(record: VerificationRecord) -> Problems:
         following = {item.stage for item in record.rounds[index + 1].tallies}
         needed = _escalating(record, round_)
         challenged = {item.stage for item in record.challenges}
-        if failed:
+        if failed and not needed:
             yield f"round {round_.number + 1} sat although round {round_.number} had turned the request down"
         if not needed and not challenged:
             yield f"round {round_.number + 1} sat without a disagreement or a challenge"

@@ -2,13 +2,13 @@
 
 Owns the boundary `ChainClient` and its implementation over web3. Promises that values leave as plain Python (bytes,
 int, checksummed addresses, named tuples for structs), that every custom error is decoded, and that transport trouble
-is always ChainUnavailableError. Does not sign, choose nonces or retry: see bsns.chain.submitter and the coordinator's
-outbox.
+is always ChainUnavailableError. Does not sign, choose nonces or wait for an endpoint that is down: see
+bsns.chain.submitter, bsns.chain.patient_client and the coordinator's outbox.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import aiohttp
 from eth_abi.abi import decode
 from eth_abi.exceptions import DecodingError
+from eth_account import Account
 from eth_utils.abi import event_abi_to_log_topic, function_abi_to_4byte_selector
 from hexbytes import HexBytes
 from web3 import AsyncHTTPProvider, AsyncWeb3
@@ -36,11 +37,13 @@ from bsns.chain.artifacts import CONTRACT_NAMES, contract_artifact
 from bsns.chain.errors import (
     ChainUnavailableError,
     ContractError,
+    InsufficientFundsError,
     TransactionFailedError,
     TransactionTimeoutError,
     UnknownBlockError,
     WrongChainError,
 )
+from bsns.protocol.endpoints import masked_url
 
 if TYPE_CHECKING:
     from bsns.chain.deployment import Deployment
@@ -56,6 +59,11 @@ RECEIPT_POLL_S = 0.1
 DEPLOY_TIMEOUT_S = 60.0
 MAXIMUM_LOG_RANGE = 2_000
 _UNKNOWN_BLOCK_CODE = -32_000
+# An endpoint that prunes its history may drop the very block that it has just resolved "latest" to.
+LATEST_ATTEMPTS = 3
+_PRUNED_MEANWHILE = "BlockOutOfRange"
+# What Anvil and Geth say, of a transaction and of an estimate.
+_INSUFFICIENT_FUNDS = ("insufficient funds", "gas required exceeds allowance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +178,7 @@ class Web3ChainClient:
             actual = await client.chain_id()
             if actual != deployment.chain_id:
                 raise WrongChainError(
-                    f"{rpc_url} is on chain {actual}, the deployment on chain {deployment.chain_id}: "
+                    f"{masked_url(rpc_url)} is on chain {actual}, the deployment on chain {deployment.chain_id}: "
                     "give the RPC endpoint of the deployment's chain"
                 )
             for name, where in deployment.contracts.items():
@@ -239,10 +247,12 @@ class Web3ChainClient:
 
     async def call(self, contract: str, function: str, *arguments: Any, block: int | None = None) -> Any:
         bound = self._contracts[contract].functions[function](*arguments)
-        return _plain(await _guarded(bound.call(block_identifier="latest" if block is None else block)))
+        if block is not None:
+            return _plain(await _guarded(bound.call(block_identifier=block)))
+        return _plain(await _latest(lambda: bound.call(block_identifier="latest")))
 
     async def balance(self, account: str) -> int:
-        return int(await _guarded(self._web3.eth.get_balance(_checked(account))))
+        return int(await _latest(lambda: self._web3.eth.get_balance(_checked(account))))
 
     async def transaction_count(self, account: str, *, pending: bool = True) -> int:
         return int(
@@ -263,6 +273,8 @@ class Web3ChainClient:
     async def send_raw(self, raw: bytes) -> bytes:
         try:
             return bytes(await _guarded(self._web3.eth.send_raw_transaction(HexBytes(raw))))
+        except InsufficientFundsError as error:
+            raise InsufficientFundsError(Account.recover_transaction(HexBytes(raw)), error.detail) from error
         except ChainUnavailableError as error:
             if "already known" in str(error) or "already imported" in str(error):
                 from bsns.protocol.identifiers import keccak256
@@ -370,9 +382,12 @@ async def _complete(
 ) -> dict[str, Any]:
     """Fill in gas and fees. The base fee may double before the transaction is mined without it being stuck."""
     block = await _guarded(connection.eth.get_block("latest"))
-    estimate = await _guarded(
-        connection.eth.estimate_gas(cast(TxParams, {**call, "from": _checked(sender)}), "pending")
-    )
+    try:
+        estimate = await _latest(
+            lambda: connection.eth.estimate_gas(cast(TxParams, {**call, "from": _checked(sender)}), "pending")
+        )
+    except InsufficientFundsError as error:
+        raise InsufficientFundsError(_checked(sender), error.detail) from error
     return {
         **call,
         "type": 2,
@@ -382,6 +397,17 @@ async def _complete(
         "maxFeePerGas": 2 * block["baseFeePerGas"] + PRIORITY_FEE_WEI,
         "maxPriorityFeePerGas": PRIORITY_FEE_WEI,
     }
+
+
+async def _latest(read: Callable[[], Awaitable[Any]]) -> Any:
+    """A read of the newest state, begun again when the endpoint pruned that state under it."""
+    for attempt in range(1, LATEST_ATTEMPTS + 1):
+        try:
+            return await _guarded(read())
+        except ChainUnavailableError as error:
+            if _PRUNED_MEANWHILE not in str(error) or attempt == LATEST_ATTEMPTS:
+                raise
+    raise AssertionError("unreachable")
 
 
 async def _guarded(awaitable: Any) -> Any:
@@ -400,11 +426,21 @@ async def _guarded(awaitable: Any) -> Any:
         details: Any = (error.rpc_response or {}).get("error", {})
         if details.get("code") == _UNKNOWN_BLOCK_CODE and "unknown block" in str(error).lower():
             raise UnknownBlockError(str(error)) from error
-        raise ChainUnavailableError(f"the RPC endpoint refused: {error}") from error
+        reason = str(details.get("message") or error)
+        if any(sign in reason.lower() for sign in _INSUFFICIENT_FUNDS):
+            raise InsufficientFundsError(None, reason) from error
+        raise ChainUnavailableError(f"the RPC endpoint refused: {reason}") from error
     except (aiohttp.ClientError, TimeoutError, OSError, Web3Exception, ValueError) as error:
         raise ChainUnavailableError(
-            f"no answer from the RPC endpoint ({type(error).__name__}: {error}); check that it runs and is reachable"
+            f"no answer from the RPC endpoint ({_transport_reason(error)}); check that it runs and is reachable"
         ) from error
+
+
+def _transport_reason(error: Exception) -> str:
+    """Without the URL of an HTTP error, where providers put keys."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"HTTP status {error.status} {error.message}"
+    return f"{type(error).__name__}: {error}" if str(error) else "it took too long"
 
 
 def _block(raw: Any) -> Block:

@@ -12,11 +12,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeVar
 
 from bsns.chain.client import Block, ChainClient, ChainEvent, Receipt
-from bsns.chain.errors import ChainUnavailableError
+from bsns.chain.errors import ChainUnavailableError, InsufficientFundsError
 
 RETRY_INTERVAL_S: Final = 0.2
-# A node that prunes its history may drop the very block that "latest" was just resolved to; the next attempt is fine.
-PREPARE_ATTEMPTS: Final = 3
 _Result = TypeVar("_Result")
 
 
@@ -67,17 +65,14 @@ class PatientChainClient:
     async def prepare(
         self, contract: str, function: str, arguments: tuple[Any, ...], *, sender: str, value: int = 0, nonce: int
     ) -> dict[str, Any]:
-        for attempt in range(1, PREPARE_ATTEMPTS + 1):
-            try:
-                return await self.client.prepare(contract, function, arguments, sender=sender, value=value, nonce=nonce)
-            except ChainUnavailableError:
-                if attempt == PREPARE_ATTEMPTS:
-                    raise
-                await asyncio.sleep(RETRY_INTERVAL_S)
-        raise AssertionError("unreachable")
+        return await self._patiently(
+            lambda: self.client.prepare(contract, function, arguments, sender=sender, value=value, nonce=nonce)
+        )
 
     async def prepare_transfer(self, recipient: str, value: int, *, sender: str, nonce: int) -> dict[str, Any]:
-        return await self.client.prepare_transfer(recipient, value, sender=sender, nonce=nonce)
+        return await self._patiently(
+            lambda: self.client.prepare_transfer(recipient, value, sender=sender, nonce=nonce)
+        )
 
     async def send_raw(self, raw: bytes) -> bytes:
         return await self.client.send_raw(raw)
@@ -90,6 +85,8 @@ class PatientChainClient:
         while True:
             try:
                 return await read()
+            except InsufficientFundsError:  # waiting does not fund an account
+                raise
             except ChainUnavailableError:
                 if time.monotonic() >= limit:
                     raise

@@ -1,12 +1,13 @@
-"""Addresses of services as "host:port": how they are read, and when they never leave this machine.
+"""Addresses of services: how "host:port" is read, when it never leaves this machine, and how a URL is shown.
 
-Nodes announce them on chain, operators listen on them. Promises the same reading on every side, since plaintext is
-allowed on loopback only. Resolves no names.
+Nodes announce endpoints on chain, operators listen on them. Promises the same reading on every side, since plaintext
+is allowed on loopback only. Resolves no names.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Final
 
 MAXIMUM_PORT: Final = 65_535
@@ -33,3 +34,14 @@ def is_loopback(endpoint: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def masked_url(url: str) -> str:
+    """`url` for people: without the password in it, and without a query or, over HTTP, a long path segment, where
+    providers of chain endpoints put keys.
+    """
+    masked = re.sub(r"(://[^/@:]*):[^/]*@", r"\1:**********@", url)
+    masked = re.sub(r"\?.*", "?**********", masked)
+    if masked.startswith(("http://", "https://")):
+        masked = re.sub(r"(?<=/)[A-Za-z0-9_-]{20,}(?=[/?]|$)", "**********", masked)
+    return masked

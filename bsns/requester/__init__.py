@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bsns.requester.errors import (
         AnswerInvalidError,
         ChainRefusedError,
+        InsufficientFundsError,
         InvalidRequestError,
         JournalError,
         NotServedError,
@@ -24,6 +25,7 @@ _HOME = {
     "AnswerInvalidError": "errors",
     "ChainRefusedError": "errors",
     "Client": "client",
+    "InsufficientFundsError": "errors",
     "InvalidRequestError": "errors",
     "JournalError": "errors",
     "NotServedError": "errors",
@@ -40,6 +42,7 @@ __all__ = [
     "AnswerInvalidError",
     "ChainRefusedError",
     "Client",
+    "InsufficientFundsError",
     "InvalidRequestError",
     "JournalError",
     "NotServedError",

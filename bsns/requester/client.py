@@ -24,6 +24,7 @@ import structlog
 
 from bsns.chain.client import Receipt, Web3ChainClient
 from bsns.chain.deployment import Deployment
+from bsns.chain import errors as chain_errors
 from bsns.chain.errors import ChainError, ContractError
 from bsns.chain.patient_client import PatientChainClient
 from bsns.chain.signer import Signer
@@ -45,6 +46,7 @@ from bsns.requester.chat_tokenizer import ChatTokenizer, ChatTokenizerError, Str
 from bsns.requester.errors import (
     AnswerInvalidError,
     ChainRefusedError,
+    InsufficientFundsError,
     InvalidRequestError,
     NotServedError,
     RefundNotDueError,
@@ -339,7 +341,7 @@ class Client:
         async with _chain_errors():
             funds = await self.chain.balance(self.address)
         if funds < quote.fee_wei:
-            raise InvalidRequestError(
+            raise InsufficientFundsError(
                 f"account {self.address} has {funds} wei, the deposit is {quote.fee_wei} plus gas: send it more, or "
                 "ask for fewer tokens"
             )
@@ -802,6 +804,8 @@ async def _chain_errors() -> AsyncIterator[None]:
         raise
     except ContractError as error:
         raise ChainRefusedError(f"the contracts refused: {error}", error.name) from error
+    except chain_errors.InsufficientFundsError as error:
+        raise InsufficientFundsError(str(error)) from error
     except ChainError as error:
         raise UnavailableError(str(error)) from error
 

@@ -4,6 +4,7 @@ RequesterError
 ├── InvalidRequestError     the request itself cannot be: too long, fee too low, malformed. Nothing was paid
 ├── JournalError            the state folder cannot be read or written
 ├── UnavailableError        no chain, no active plan, or not in time: try again later
+├── InsufficientFundsError  the account cannot pay the deposit, or the gas of a transaction
 ├── ChainRefusedError       the contracts refused a transaction
 ├── RefundNotDueError       the deposit is still in use; `seconds_left` until it can be taken back
 └── NotServedError          paid, but not answered: the deposit can be taken back
@@ -27,6 +28,12 @@ class JournalError(RequesterError):
 
 class UnavailableError(RequesterError):
     """The chain or the network is not ready for this; what was begun can be taken up with `bsns requests --resume`."""
+
+
+class InsufficientFundsError(RequesterError):
+    """The account cannot pay the deposit, or a transaction's gas; the transaction was not sent. The message names the
+    account.
+    """
 
 
 class ChainRefusedError(RequesterError):

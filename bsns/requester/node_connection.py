@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from bsns.chain.client import ChainClient, ChainEvent
+from bsns.protocol.endpoints import is_loopback, split_endpoint
 from bsns.protocol.identifiers import address
 from bsns.requester.errors import UnavailableError
 
@@ -45,21 +45,9 @@ class NodeEndpoint:
     certificate_hash: bytes
 
     @property
-    def host(self) -> str:
-        return self.endpoint.rpartition(":")[0].strip("[]")
-
-    @property
-    def port(self) -> int:
-        return int(self.endpoint.rpartition(":")[2])
-
-    @property
     def is_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        """ValueError if the operator announced something that is not host:port."""
+        return is_loopback(self.endpoint)
 
 
 async def find_endpoints(
@@ -86,19 +74,19 @@ async def open_channel(where: NodeEndpoint, timeout_s: float) -> grpc.aio.Channe
     chain.
     """
     try:
-        port = where.port
+        host, port = split_endpoint(where.endpoint)
     except ValueError:
         raise UnavailableError(f"node {where.node} announced {where.endpoint!r}, which is not host:port") from None
     if where.is_loopback:
         return grpc.aio.insecure_channel(where.endpoint, options=CHANNEL_OPTIONS)
-    certificate = await _pinned_certificate(where, port, timeout_s)
+    certificate = await _pinned_certificate(where, host, port, timeout_s)
     credentials = grpc.ssl_channel_credentials(root_certificates=ssl.DER_cert_to_PEM_cert(certificate).encode())
     # The certificate is the identity; the name in it only has to be the one the handshake checks.
-    options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", _certificate_name(certificate, where.host)))
+    options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", _certificate_name(certificate, host)))
     return grpc.aio.secure_channel(where.endpoint, credentials, options=options)
 
 
-async def _pinned_certificate(where: NodeEndpoint, port: int, timeout_s: float) -> bytes:
+async def _pinned_certificate(where: NodeEndpoint, host: str, port: int, timeout_s: float) -> bytes:
     """The DER certificate that the node shows, if it is the one on chain. The channel then trusts this certificate
     alone.
     """
@@ -108,7 +96,7 @@ async def _pinned_certificate(where: NodeEndpoint, port: int, timeout_s: float) 
     context.set_alpn_protocols(["h2"])
     try:
         async with asyncio.timeout(timeout_s):
-            _, writer = await asyncio.open_connection(where.host, port, ssl=context)
+            _, writer = await asyncio.open_connection(host, port, ssl=context)
     except (OSError, TimeoutError) as error:
         raise UnavailableError(
             f"node {where.node} does not answer at {where.endpoint} ({type(error).__name__}: {error})"
