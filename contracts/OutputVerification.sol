@@ -1040,11 +1040,13 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         reporter[0] = msg.sender;
         _slash(node, _BASIS_POINTS, SlashReason.Equivocation, reporter);
 
-        // Nobody should wait for the verdict on a request whose executor is proven to lie about it.
+        // Nobody should wait for the verdict on a request whose executor is proven to lie about it; but a committee that
+        // sits goes on to the end of its round, or the proof would spare a liar of another stage.
         Docket storage docket = _dockets[requestId];
         if (docket.phase == Phase.Final || _executorOf(requestId, statement.stage) != node) return;
         _fail(docket, uint256(statement.stage) + 1);
-        _reject(requestId, docket);
+        bool sits = docket.phase == Phase.Attesting || docket.phase == Phase.Revealing;
+        if (!sits || _isUnsampled(docket)) _reject(requestId, docket);
     }
 
     function _jail(address node, uint64 until) private {

@@ -186,6 +186,11 @@ contract EquivocationAttackTest is AttackScenario {
         assertEq(registry.accountOf(_hot(0)).staked, 0);
         assertEq(registry.accountOf(_hot(0)).jailedUntil, type(uint64).max);
         assertEq(registry.creditOf(_reporter), STAKE / 10, "the reporter's share");
+        // The committee that sits goes on to the end of its round; the refund is certain and comes then.
+        _assertRequest(id, RequestStatus.Committed);
+        _revealAllStages(id);
+        _revealMembers(id);
+        _tallyAll(id);
         assertEq(escrow.creditOf(requester), deposit);
         _assertRequest(id, RequestStatus.Refunded);
         _assertPhase(id, Phase.Final);
@@ -223,7 +228,7 @@ contract EquivocationAttackTest is AttackScenario {
         }
     }
 
-    /// Between the lapse of a request and the claim of its refund, the report itself makes the refund.
+    /// Between the lapse of a request and the claim of its refund, the report itself makes the refund, unless a committee sits.
     function test_EQUIV_01_afterTheDeadlineBeforeTheClaim_refunds() public {
         uint256 state = vm.snapshotState();
         for (uint256 acts = 0; acts < 4; acts++) {
@@ -235,6 +240,7 @@ contract EquivocationAttackTest is AttackScenario {
             vm.warp(uint256(escrow.requestOf(id).deadline) + 1);
             _report(HandOver(id, 0, true, 4, "a"), HandOver(id, 0, true, 4, "b"), 0);
             assertEq(registry.accountOf(_hot(0)).staked, 0);
+            if (acts > 2) escrow.claimRefund(id);
             assertEq(escrow.creditOf(requester), deposit);
             vm.revertToState(state);
         }
@@ -315,6 +321,8 @@ contract EquivocationAttackTest is AttackScenario {
         verification.reportContradiction(statement, signature, step, proof);
         assertEq(registry.accountOf(_hot(0)).staked, 0);
         assertEq(registry.creditOf(_reporter), STAKE / 10);
+        vm.warp(uint256(escrow.requestOf(id).deadline) + 1);
+        escrow.claimRefund(id);
         _assertRequest(id, RequestStatus.Refunded);
     }
 
@@ -607,6 +615,24 @@ contract CollusionAttackTest is AttackScenario {
         assertEq(registry.accountOf(_hot(1)).staked, STAKE / 2, "the accomplice");
         _attestHonestly(id, NODES);
         _endAttesting(id); // the jailed accomplice cannot commit, so the window runs its time
+        _revealMembers(id);
+        _tallyAll(id);
+        assertEq(registry.accountOf(_hot(0)).staked, STAKE / 2, "the liar");
+        _assertRequest(id, RequestStatus.Refunded);
+    }
+
+    /// The same by an accomplice with the least stake there can be, who signs two statements on purpose and reports himself.
+    function test_CDV_04_accompliceThatEquivocates_doesNotSpareTheLiar() public {
+        RequestId id = _liarOfStageZero();
+        _revealAllStages(id);
+        _revealMembers(id);
+        _tallyAll(id);
+        HandOver memory first = HandOver(id, 1, true, 1, "a");
+        HandOver memory second = HandOver(id, 1, true, 1, "b");
+        verification.reportEquivocation(first, _signHandOver(1, first), second, _signHandOver(1, second), _hot(1));
+        assertEq(registry.accountOf(_hot(1)).staked, 0, "the accomplice");
+        _attestHonestly(id, NODES);
+        _endAttesting(id);
         _revealMembers(id);
         _tallyAll(id);
         assertEq(registry.accountOf(_hot(0)).staked, STAKE / 2, "the liar");

@@ -847,6 +847,36 @@ contract OutputVerificationChallengeTest is OutputVerificationScenario {
         _assertNoDuties();
     }
 
+    function test_challenge_twice_slashesALieOfTheFirstRoundOnce() public {
+        RequestId id = _drawnRequest(_plan);
+        _attestRound(id, NODES, 4, 0, _moved(_truth(id, 0), 1000));
+        _revealAllStages(id);
+        _revealMembers(id);
+        _tallyAll(id);
+        _honestRound(id);
+        assertEq(_stakeOf(4), STAKE / 2);
+        _challenge(id, 0);
+        _honestRound(id);
+        assertEq(verification.verificationOf(id).round, 3);
+        assertEq(_stakeOf(4), STAKE / 2, "nobody is slashed twice for one attestation");
+        _endChallenge(id);
+        verification.settle(id);
+        _assertNoDuties();
+    }
+
+    function test_challenge_silentMemberOfTheBackupRound_isJailedNotSlashed() public {
+        RequestId id = _challengeableRequest(_plan, NODES);
+        _challenge(id, 0);
+        _attestHonestly(id, NODES);
+        for (uint256 i = 1; i < NODES; i++) {
+            if (i != 4) _revealAttestation(id, 0, _hot(i));
+        }
+        _endRevealing(id);
+        verification.tally(id, 0, 0);
+        assertEq(uint8(registry.statusOf(_hot(4))), uint8(NodeStatus.Jailed));
+        _assertNobodySlashed();
+    }
+
     function test_challenge_joinsARunningBackupRound() public {
         RequestId id = _challengeableRequest(_plan, NODES);
         _challenge(id, 0);

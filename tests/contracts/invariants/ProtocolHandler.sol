@@ -110,6 +110,7 @@ abstract contract ProtocolHandler is Swarm {
             for (uint256 i = 0; i < ACTIONS; i++) {
                 if (counts[i] == 0) action = Action(i);
             }
+            if (_steps > RUN - 12 && guardedBackupTallies == 0) action = Action.Dispute;
         }
         _perform(action, uint256(keccak256(abi.encode(seed, _steps))));
         _ledger.observe();
