@@ -221,6 +221,7 @@ def requests(
         table = Table("request", "status", "deposit (wei)", "tokens", "refundable in")
         for item in found:
             due = "" if item.refundable_in_s is None else f"{item.refundable_in_s} s"
+            due = "now" if item.status == "Expired" else due
             tokens = f"{item.prompt_tokens} + {item.answer_tokens}"
             table.add_row(f"0x{item.request_id.hex()}", item.status, f"{item.fee_wei:,}", tokens, due)
         Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -20,13 +20,13 @@ import structlog
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.identifiers import ModelId, ProtocolError, address
 from bsns.protocol.measurements import NodeMeasurements
 from bsns.protocol.typed_data import ATTACH_PROOF, Domain, is_signed_by, signing_digest
 from bsns.v1 import common_pb2, coordination_pb2, coordination_pb2_grpc
 from coordinator.dispatch.node_pool import AttachedNode, NodePool, PoolFullError
 from coordinator.dispatch.plan_publication import PlanPublication
-from coordinator.network_state import NodeStatus
 from coordinator.storage import Storage, StorageUnavailableError
 from coordinator.transaction_outbox import WorkerThread
 

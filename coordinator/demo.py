@@ -24,6 +24,7 @@ from rich.table import Table
 
 from bsns.protocol.record import VerificationRecord
 from coordinator.devnet import MARKER_FILE, Devnet, DevnetError
+from coordinator.settings import SettingsError
 
 REQUEST_TIMEOUT_S = 600.0
 AUDIT_TIMEOUT_S = 60.0
@@ -57,7 +58,12 @@ async def run_devnet(folder: Path, nodes: int, console: Console) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    devnet = Devnet(folder, model_folder / "manifest.json", node_count=nodes, progress=lambda line: console.print(line, highlight=False, soft_wrap=True))
+    devnet = Devnet(
+        folder,
+        model_folder / "manifest.json",
+        node_count=nodes,
+        progress=lambda line: console.print(line, highlight=False, soft_wrap=True),
+    )
     async with devnet:
         await devnet.await_plan()
         console.print(
@@ -84,11 +90,13 @@ async def run_devnet(folder: Path, nodes: int, console: Console) -> None:
 
 
 def clear_network_folder(folder: Path) -> None:
-    """Remove what an earlier network left in `folder`; DevnetError if it holds anything else."""
+    """Remove what an earlier network left in `folder`; SettingsError if it holds anything else."""
     if not folder.exists():
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER_FILE).exists()):
-        raise DevnetError(f"{folder} is not the folder of an earlier network, so it is not emptied: give another, or delete it")
+        raise SettingsError(
+            f"{folder} is not the folder of an earlier network, so it is not emptied: give another, or delete it"
+        )
     shutil.rmtree(folder)
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from bsns.protocol.contract_states import NodeStatus, RequestStatus
 from bsns.protocol.identifiers import ModelId, PlanId, RequestId, address
 from bsns.protocol.plan import Assignment, ShardPlan
 
@@ -45,34 +46,6 @@ class AggregateKind(StrEnum):
     PLAN = "plan"
     REQUEST = "request"
     ACCOUNT = "account"
-
-
-class RequestStatus(IntEnum):
-    """As in contracts/interfaces/IInferenceEscrow.sol; `EXPIRED` follows from time and is never stored."""
-
-    ABSENT = 0
-    OPEN = 1
-    ROUTED = 2
-    COMMITTED = 3
-    VERIFIED = 4
-    SETTLED = 5
-    EXPIRED = 6
-    REFUNDED = 7
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether nothing can change any more."""
-        return self in (RequestStatus.SETTLED, RequestStatus.REFUNDED)
-
-
-class NodeStatus(IntEnum):
-    """As in contracts/interfaces/INodeRegistry.sol."""
-
-    ABSENT = 0
-    PENDING = 1
-    ACTIVE = 2
-    JAILED = 3
-    EXITING = 4
 
 
 @dataclass(frozen=True, slots=True)

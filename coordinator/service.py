@@ -28,6 +28,7 @@ from bsns.chain.client import ChainClient, Web3ChainClient
 from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainUnavailableError, ContractError, UnknownBlockError
 from bsns.chain.signer import Signer
+from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import ModelId
 from bsns.protocol.manifest import ManifestError, ModelManifest
 from bsns.protocol.typed_data import assignments_domain, registry_domain
@@ -35,11 +36,11 @@ from bsns.v1 import coordination_pb2, coordination_pb2_grpc
 from coordinator.chain_follower import ChainFollower
 from coordinator.coordination_service import NodeCoordinationServicer
 from coordinator.dispatch import NodePool, PlanPublication, RequestRouting
-from coordinator.network_state import RequestState, RequestStatus
+from coordinator.network_state import RequestState
 from coordinator.settings import CoordinatorSettings, SettingsError, load_deployment, load_key
 from coordinator.storage import Storage, StorageUnavailableError, migrate
 from coordinator.transaction_outbox import TransactionOutbox
-from coordinator.verification_desk import Phase, VerificationRules, VerificationView, wanted_intents
+from coordinator.verification_desk import VerificationRules, VerificationView, wanted_intents
 
 _SERVICE_NAME: Final = coordination_pb2.DESCRIPTOR.services_by_name["NodeCoordination"].full_name
 _EXPECTED: Final = (ChainUnavailableError, UnknownBlockError, StorageUnavailableError)

@@ -52,6 +52,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from bsns.chain.client import Block, ChainEvent
 from bsns.chain.deployment import Deployment
+from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ModelId, PlanId, RequestId
 from bsns.protocol.measurements import NodeMeasurements, measurements_hash
 from bsns.v1 import coordination_pb2
@@ -66,7 +67,6 @@ from coordinator.network_state import (
     NodeState,
     PlanState,
     RequestState,
-    RequestStatus,
     aggregate_of,
     apply,
 )
@@ -821,7 +821,9 @@ def _engine(url: str) -> Engine:
     if parsed.get_backend_name() == "postgresql":
         return create_engine(parsed, pool_pre_ping=True)
     if parsed.get_backend_name() != "sqlite":
-        raise StorageSettingsError(f"{parsed.get_backend_name()} is not supported: give a sqlite:/// or postgresql:// URL")
+        raise StorageSettingsError(
+            f"{parsed.get_backend_name()} is not supported: give a sqlite:/// or postgresql:// URL"
+        )
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": _SQLITE_BUSY_TIMEOUT_S, "check_same_thread": False})

@@ -10,25 +10,14 @@ round, stage), so that repeating it is harmless. Judges nothing: the contract co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
+from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import ZERO_HASH, RequestId
-from coordinator.network_state import AttestationState, RequestState, RequestStatus
+from coordinator.network_state import AttestationState, RequestState
 from coordinator.storage import Intent
 
 _SKETCH_BYTES = 32
-
-
-class Phase(IntEnum):
-    """As in contracts/interfaces/IOutputVerification.sol."""
-
-    COMMITTING = 0
-    AWAITING_DRAW = 1
-    ATTESTING = 2
-    REVEALING = 3
-    CHALLENGEABLE = 4
-    FINAL = 5
 
 
 @dataclass(frozen=True, slots=True)

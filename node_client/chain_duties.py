@@ -28,9 +28,10 @@ from bsns.chain.errors import (
 )
 from bsns.chain.submitter import Submitter
 from bsns.protocol.commitments import sealed_sketch, stage_commitment
+from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.hand_over import Contradiction
 from bsns.protocol.identifiers import ZERO_HASH, RequestId
-from node_client.chain_view import ChainView, Phase, RequestStatus, VerificationView
+from node_client.chain_view import ChainView, VerificationView
 from node_client.errors import Refusal, SigningRefusedError, StorageError
 from node_client.evidence_store import EvidenceStore, RecordedStage, StageResult
 from node_client.reexecution import Reexecution

@@ -7,7 +7,6 @@ that values are checked for their types. Does not write: see bsns.chain.submitte
 
 from __future__ import annotations
 
-import enum
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from eth_typing import ChecksumAddress
 from bsns.chain.client import Block, ChainClient, ChainEvent
 from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainUnavailableError
+from bsns.protocol.contract_states import NodeStatus, Phase, RequestStatus
+from bsns.protocol.endpoints import split_endpoint
 from bsns.protocol.identifiers import address
 from bsns.protocol.typed_data import (
     Domain,
@@ -31,40 +32,6 @@ from bsns.protocol.typed_data import (
 _REMEMBERED_LIMIT: Final = 10_000
 # A head older than this is asked for again even if nobody polled.
 _HEAD_SECONDS: Final = 1.0
-
-
-class NodeStatus(enum.IntEnum):
-    """INodeRegistry.NodeStatus."""
-
-    ABSENT = 0
-    PENDING = 1
-    ACTIVE = 2
-    JAILED = 3
-    EXITING = 4
-
-
-class RequestStatus(enum.IntEnum):
-    """IInferenceEscrow.RequestStatus."""
-
-    ABSENT = 0
-    OPEN = 1
-    ROUTED = 2
-    COMMITTED = 3
-    VERIFIED = 4
-    SETTLED = 5
-    EXPIRED = 6
-    REFUNDED = 7
-
-
-class Phase(enum.IntEnum):
-    """IOutputVerification.Phase."""
-
-    COMMITTING = 0
-    AWAITING_DRAW = 1
-    ATTESTING = 2
-    REVEALING = 3
-    CHALLENGEABLE = 4
-    FINAL = 5
 
 
 @dataclass(frozen=True, slots=True)

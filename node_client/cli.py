@@ -2,8 +2,8 @@
 
 Owns commands, exit codes and what is printed: one JSON line on standard output when a node is ready, logs on standard
 error, tables or `--json` from reading commands. Exit codes: 0 done, 2 a setting or file cannot be used, 3 the
-contracts refuse or the account cannot pay, 4 the chain is out of reach or another one. Secrets are never arguments. Decides nothing else: see
-node_client.service.
+contracts refuse or the account cannot pay, 4 the chain is out of reach or another one. Secrets are never arguments.
+Decides nothing else: see node_client.service.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from bsns.chain.client import Web3ChainClient
 from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainError, ContractError, InsufficientFundsError, TransactionFailedError
 from bsns.chain.submitter import Submitter
+from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.endpoints import split_endpoint
-from node_client.chain_view import ChainView, NodeStatus
+from node_client.chain_view import ChainView
 from node_client.errors import NodeError, Refusal, SettingsError
 from node_client.keystore import NODE_KEY_FILE, OPERATOR_KEY_FILE, Keystore, read_private_key, write_secret
 from node_client.settings import CONFIG_FILE_VARIABLE, NodeSettings

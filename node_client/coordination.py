@@ -28,7 +28,7 @@ from bsns.runtime.executor import ExecutionError
 from bsns.runtime.profile import PREFILL_TOKENS, RuntimeProfile
 from bsns.v1 import common_pb2, coordination_pb2, coordination_pb2_grpc
 from node_client.chain_view import ChainView, SigningDomains
-from node_client.errors import Refusal, SettingsError
+from node_client.errors import Refusal
 from node_client.peers import CHANNEL_OPTIONS
 from node_client.session_store import SessionStore
 from node_client.settings import NodeSettings
@@ -109,11 +109,7 @@ class Coordination:
 
     def _channel(self, coordinator: str) -> grpc.aio.Channel:
         certificate = self._settings.coordinator_certificate
-        if certificate is None:
-            if not is_loopback(coordinator):
-                raise SettingsError(
-                    f"coordinator {coordinator} is not on loopback: give its certificate with coordinator_certificate"
-                )
+        if certificate is None:  # on loopback: the settings see to it
             return grpc.aio.insecure_channel(coordinator, options=CHANNEL_OPTIONS)
         return grpc.aio.secure_channel(
             coordinator, grpc.ssl_channel_credentials(certificate.read_bytes()), options=CHANNEL_OPTIONS

@@ -21,10 +21,11 @@ from google.rpc import error_details_pb2, status_pb2
 
 from bsns.chain.errors import ChainError
 from bsns.protocol.commitments import sealed_sketch
+from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import BYTES32, ModelId, ProtocolError
 from bsns.protocol.typed_data import EVIDENCE_QUERY, recover, signing_digest
 from bsns.v1 import common_pb2, execution_pb2, execution_pb2_grpc
-from node_client.chain_view import ChainView, RequestStatus, SigningDomains
+from node_client.chain_view import ChainView, SigningDomains
 from node_client.errors import ERROR_DOMAIN, ErrorReason, Refusal, StorageError, StorageFullError
 from node_client.evidence_store import EvidenceStore, RecordedStage
 from node_client.peers import PEER_PROOF_KEY, check_peer_proof

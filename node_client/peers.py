@@ -22,6 +22,7 @@ from eth_typing import ChecksumAddress
 
 from bsns.chain.errors import ChainError
 from bsns.chain.signer import Signer
+from bsns.protocol.endpoints import is_loopback, split_endpoint
 from bsns.protocol.identifiers import ProtocolError, address
 from bsns.protocol.typed_data import PEER_PROOF, SIGNATURE_LENGTH, Domain, recover, signing_digest
 from bsns.v1 import execution_pb2, execution_pb2_grpc

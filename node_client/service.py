@@ -29,12 +29,13 @@ from bsns.chain.deployment import Deployment
 from bsns.chain.errors import InsufficientFundsError
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
+from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.endpoints import is_loopback, split_endpoint
 from bsns.protocol.identifiers import address
 from bsns.protocol.typed_data import NODE_KEY_PROOF, signing_digest
 from bsns.v1 import execution_pb2, execution_pb2_grpc
 from node_client.chain_duties import ChainDuties
-from node_client.chain_view import ChainView, NodeStatus, SigningDomains
+from node_client.chain_view import ChainView, SigningDomains
 from node_client.coordination import Coordination
 from node_client.errors import KeystoreError, PortInUseError, SettingsError
 from node_client.evidence_store import EvidenceStore
@@ -272,11 +273,12 @@ class NodeService:
         if not self._register:
             if status is NodeStatus.ABSENT:
                 raise SettingsError(f"node {node} is not registered; run `bsns-node join`")
-            if known is None or not current:
+            if not current:
+                there = "an endpoint that is none" if known is None else known.endpoint
+                here = f"{endpoint} with another certificate" if there == endpoint else endpoint
                 raise SettingsError(
-                    f"node {node} is registered at {known.endpoint if known else 'no usable endpoint'}, this process is at "
-                    f"{endpoint}{'' if known is None or known.endpoint != endpoint else ' with another certificate'}: "
-                    "give --listen and --advertise as registered, or announce the change with `bsns-node join`"
+                    f"node {node} is registered at {there}, this process would serve at {here}: give --listen and "
+                    "--advertise as registered, or announce the change with `bsns-node join`"
                 )
             log.warning("gas_is_low", balance_wei=balance, advice=f"send {node} some, or run `bsns-node join`")
             return registered_operator
@@ -293,7 +295,8 @@ class NodeService:
             raise SettingsError(f"the minimum stake is {minimum} wei, --stake gives {stake}")
         if (funds := await client.balance(operator.address)) < stake + top_up:
             raise InsufficientFundsError(
-                operator.address, f"the operator has {funds} wei, stake and gas for the node key are {stake + top_up} wei"
+                operator.address,
+                f"the operator has {funds} wei, stake and gas for the node key are {stake + top_up} wei",
             )
         submitter = Submitter(client, operator)
         if is_low:

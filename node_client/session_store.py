@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from eth_typing import ChecksumAddress
 
 from bsns.protocol.commitments import EvidenceBuilder, input_commitment, sketch_seed
+from bsns.protocol.contract_states import NodeStatus, RequestStatus
 from bsns.protocol.identifiers import BYTES32, ModelId, RequestId
 from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.plan import execution_class_id
@@ -28,7 +29,7 @@ from bsns.protocol.sketch import StageSketch
 from bsns.protocol.typed_data import SESSION_TOKEN, is_signed_by, signing_digest
 from bsns.runtime.executor import ShardExecutor, StageSession
 from bsns.v1 import common_pb2, execution_pb2
-from node_client.chain_view import ChainView, NodeStatus, RequestStatus, RequestView, SigningDomains, StageView
+from node_client.chain_view import ChainView, RequestView, SigningDomains, StageView
 from node_client.errors import ErrorReason, Refusal
 from node_client.evidence_store import EvidenceStore, InputOpening
 from node_client.settings import NodeSettings

@@ -158,7 +158,9 @@ class NodeSettings(BaseSettings):
         ):
             raise ValueError("a node that listens on every address must say with `advertise` where it is reached")
         if self.coordinator is not None and self.coordinator_certificate is None and not is_loopback(self.coordinator):
-            raise ValueError(f"{self.coordinator} is not on loopback: give its certificate with coordinator_certificate")
+            raise ValueError(
+                f"{self.coordinator} is not on loopback: give its certificate with coordinator_certificate"
+            )
         return self
 
     @classmethod

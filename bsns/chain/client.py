@@ -272,9 +272,7 @@ class Web3ChainClient:
 
     async def send_raw(self, raw: bytes) -> bytes:
         try:
-            return bytes(await _guarded(self._web3.eth.send_raw_transaction(HexBytes(raw))))
-        except InsufficientFundsError as error:
-            raise InsufficientFundsError(Account.recover_transaction(HexBytes(raw)), error.detail) from error
+            return await _broadcast(self._web3, raw)
         except ChainUnavailableError as error:
             if "already known" in str(error) or "already imported" in str(error):
                 from bsns.protocol.identifiers import keccak256
@@ -342,7 +340,7 @@ async def send_and_wait(
     chain_id = int(await _guarded(connection.eth.chain_id))
     transaction = await _complete(connection, call, sender=signer.address, nonce=nonce, chain_id=chain_id)
     raw = signer.sign_transaction(transaction)
-    transaction_hash = await _guarded(connection.eth.send_raw_transaction(HexBytes(raw)))
+    transaction_hash = HexBytes(await _broadcast(connection, raw))
     try:
         receipt: Mapping[str, Any] = await connection.eth.wait_for_transaction_receipt(
             transaction_hash, timeout=timeout_s, poll_latency=RECEIPT_POLL_S
@@ -397,6 +395,13 @@ async def _complete(
         "maxFeePerGas": 2 * block["baseFeePerGas"] + PRIORITY_FEE_WEI,
         "maxPriorityFeePerGas": PRIORITY_FEE_WEI,
     }
+
+
+async def _broadcast(connection: AsyncWeb3[Any], raw: bytes) -> bytes:
+    try:
+        return bytes(await _guarded(connection.eth.send_raw_transaction(HexBytes(raw))))
+    except InsufficientFundsError as error:
+        raise InsufficientFundsError(Account.recover_transaction(HexBytes(raw)), error.detail) from error
 
 
 async def _latest(read: Callable[[], Awaitable[Any]]) -> Any:

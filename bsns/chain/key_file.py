@@ -1,7 +1,7 @@
 """Key files of people who sign: 64 hexadecimal digits, or an Ethereum keystore v3, readable by their owner alone.
 
 Owns the rule that a file which others can read holds no secret, and what a person is told when a file cannot be used.
-Promises that no message holds a key or a password. Writes nothing: see node_client.keystore for keys that are made here.
+Promises that no message holds a key or a password. Writes nothing: keys are made by node_client.keystore.
 """
 
 from __future__ import annotations
@@ -30,23 +30,19 @@ def read_secret(path: Path) -> bytes:
         raise KeyFileError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def parse_key(path: Path, text: str) -> KeySigner:
-    """The signer of 64 hexadecimal digits, with or without 0x; `path` is for the message."""
-    try:
-        return KeySigner(bytes.fromhex(text.strip().removeprefix("0x")))
-    except ValueError:
-        raise KeyFileError(
-            f"{path} is neither a private key (64 hexadecimal digits, not zero, below the curve order) nor a keystore v3"
-        ) from None
-
-
 def load_key(path: Path, password: str | None, password_file: Path | None, *, password_advice: str) -> KeySigner:
     """The signer behind a key file. A keystore is opened with the content of `password_file`, else with `password`;
     `password_advice` says where a person gives one.
     """
     text = read_secret(path).decode(errors="replace").strip()
     if not text.startswith("{"):
-        return parse_key(path, text)
+        try:
+            return KeySigner(bytes.fromhex(text.removeprefix("0x")))
+        except ValueError:
+            raise KeyFileError(
+                f"{path} is neither a private key (64 hexadecimal digits, not zero, below the curve order) nor a "
+                "keystore v3"
+            ) from None
     if password_file is not None:
         try:
             password = password_file.read_text().rstrip("\r\n")

@@ -70,9 +70,7 @@ class PatientChainClient:
         )
 
     async def prepare_transfer(self, recipient: str, value: int, *, sender: str, nonce: int) -> dict[str, Any]:
-        return await self._patiently(
-            lambda: self.client.prepare_transfer(recipient, value, sender=sender, nonce=nonce)
-        )
+        return await self._patiently(lambda: self.client.prepare_transfer(recipient, value, sender=sender, nonce=nonce))
 
     async def send_raw(self, raw: bytes) -> bytes:
         return await self.client.send_raw(raw)

@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
 
+from bsns.chain import errors as chain_errors
 from bsns.chain.client import Receipt, Web3ChainClient
 from bsns.chain.deployment import Deployment
-from bsns.chain import errors as chain_errors
 from bsns.chain.errors import ChainError, ContractError
 from bsns.chain.patient_client import PatientChainClient
 from bsns.chain.signer import Signer
 from bsns.chain.submitter import Submitter
 from bsns.protocol import identifiers, typed_data
 from bsns.protocol.commitments import content_digest, secret_hash, token_bytes
+from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ModelId, RequestId
 from bsns.protocol.manifest import ManifestError, ModelManifest
 from bsns.protocol.record import (
@@ -62,7 +63,7 @@ from bsns.requester.execution_session import (
 )
 from bsns.requester.journal import Journal, JournalEntry, StageEvidenceHeader
 from bsns.requester.node_connection import NodeEndpoint, find_endpoints
-from bsns.requester.settlement import RequestStatus, Settlement, Standing
+from bsns.requester.settlement import Settlement, Standing
 
 if TYPE_CHECKING:
     from bsns.chain.client import ChainClient
@@ -515,7 +516,8 @@ class Client:
             if standing.status == RequestStatus.OPEN:
                 on_progress("waiting for a route")
                 standing = await settlement.wait_until_not(RequestStatus.OPEN)
-            if standing.status == RequestStatus.EXPIRED and entry.stage == "opened":
+            # Anybody may claim an expired deposit for us; the coordinator does in the block that passes the deadline.
+            if standing.status in (RequestStatus.EXPIRED, RequestStatus.REFUNDED) and entry.stage == "opened":
                 raise self._not_served(entry, "nobody routed or served it in time", standing)
             route = await self._route(entry)
             if standing.status == RequestStatus.ROUTED and entry.stage == "opened":
@@ -523,7 +525,7 @@ class Client:
             if standing.status == RequestStatus.ROUTED:
                 on_progress("waiting for the nodes' commitments")
                 standing = await settlement.wait_until_not(RequestStatus.ROUTED)
-                if standing.status == RequestStatus.EXPIRED:
+                if standing.status in (RequestStatus.EXPIRED, RequestStatus.REFUNDED):
                     raise self._not_served(entry, "the nodes answered but did not all commit", standing)
             if standing.status in (RequestStatus.COMMITTED, RequestStatus.VERIFIED, RequestStatus.SETTLED):
                 entry = await self._collect_evidence(entry, route, on_progress)
@@ -767,12 +769,13 @@ class Client:
     def _not_served(
         self, entry: JournalEntry, what: str, standing: Standing, kind: type[NotServedError] = NotServedError
     ) -> NotServedError:
-        identifier = RequestId(entry.request_id).hex()
+        is_due = standing.status in (RequestStatus.EXPIRED, RequestStatus.REFUNDED)
+        when = "now" if is_due else f"after {_clock(standing.deadline)}"
         return kind(
-            f"{what}; your deposit of {entry.deposit} wei can be taken back after {_clock(standing.deadline)} "
-            f"with `bsns refund 0x{identifier}`",
+            f"{what}; your deposit of {entry.deposit} wei can be taken back {when} "
+            f"with `bsns refund 0x{RequestId(entry.request_id).hex()}`",
             entry.request_id,
-            standing.deadline,
+            standing.now if is_due else standing.deadline,
         )
 
 

@@ -9,7 +9,6 @@ coordinator. Promises to return only at an end: settled, refunded or expired. Do
 from __future__ import annotations
 
 import asyncio
-import enum
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Final
 from bsns.chain.client import ChainClient, Receipt
 from bsns.chain.errors import ContractError, TransactionFailedError
 from bsns.chain.submitter import Submitter
+from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import RequestId
 from bsns.protocol.sketch import distance
 from bsns.requester.errors import UnavailableError
@@ -37,34 +37,6 @@ _OVERTAKEN: Final = frozenset(
         "WrongRequestStatus",
     }
 )
-
-
-class RequestStatus(enum.IntEnum):
-    """IInferenceEscrow.RequestStatus."""
-
-    ABSENT = 0
-    OPEN = 1
-    ROUTED = 2
-    COMMITTED = 3
-    VERIFIED = 4
-    SETTLED = 5
-    EXPIRED = 6
-    REFUNDED = 7
-
-    @property
-    def is_over(self) -> bool:
-        return self in (RequestStatus.SETTLED, RequestStatus.EXPIRED, RequestStatus.REFUNDED)
-
-
-class Phase(enum.IntEnum):
-    """IOutputVerification.Phase."""
-
-    COMMITTING = 0
-    AWAITING_DRAW = 1
-    ATTESTING = 2
-    REVEALING = 3
-    CHALLENGEABLE = 4
-    FINAL = 5
 
 
 @dataclass(frozen=True, slots=True)

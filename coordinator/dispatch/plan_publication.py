@@ -17,6 +17,7 @@ from typing import Final
 import structlog
 
 from bsns.chain.client import ChainClient
+from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.identifiers import ProtocolError, model_id
 from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.measurements import NodeMeasurements, measurements_hash
@@ -24,7 +25,7 @@ from bsns.protocol.plan import ShardPlan
 from bsns.protocol.typed_data import PLAN_CONSENT, Domain, is_signed_by, signing_digest
 from bsns.v1 import common_pb2, coordination_pb2
 from coordinator.dispatch.node_pool import NodePool
-from coordinator.network_state import NodeStatus, PlanState
+from coordinator.network_state import PlanState
 from coordinator.planning import PlanningError, capability_of, plan_chain, to_shard_plan, unit_costs
 from coordinator.storage import Intent, IntentState, Storage
 from coordinator.transaction_outbox import TransactionOutbox, WorkerThread

@@ -14,9 +14,10 @@ from typing import Final
 
 import structlog
 
+from bsns.protocol.contract_states import NodeStatus, RequestStatus
 from bsns.protocol.plan import Assignment
 from coordinator.dispatch.node_pool import NodePool
-from coordinator.network_state import NodeState, NodeStatus, PlanState, RequestState, RequestStatus
+from coordinator.network_state import NodeState, PlanState, RequestState
 from coordinator.storage import Intent, Storage
 from coordinator.transaction_outbox import TransactionOutbox, WorkerThread
 

@@ -20,6 +20,8 @@ from bsns.chain.deployment import ETHER, Deployment, EscrowTerms, RegistryTerms,
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
 from bsns.protocol.commitments import content_digest, input_commitment, secret_hash, token_bytes
+from bsns.protocol.contract_states import Phase
+from bsns.protocol.endpoints import split_endpoint
 from bsns.protocol.identifiers import ZERO_HASH, ModelId, RequestId, keccak256, model_id, request_id
 from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.plan import Assignment, ShardPlan, execution_class_id
@@ -27,11 +29,11 @@ from bsns.protocol.sampling import SamplingParameters
 from bsns.protocol.typed_data import PLAN_CONSENT, SESSION_TOKEN, signing_digest
 from bsns.runtime.prepare import write_model_folder
 from bsns.v1 import common_pb2, execution_pb2
-from node_client.chain_view import Phase, SigningDomains
+from node_client.chain_view import SigningDomains
 from node_client.peers import shard_execution
 from node_client.service import NodeService, Ready, open_keystore
 from node_client.session_store import sampling_to_message
-from node_client.settings import NodeSettings, split_endpoint
+from node_client.settings import NodeSettings
 from node_client.shard_runtime import ExecutorFactory, stage_executor
 from tests.integration.recorded_network import Anvil, running_anvil
 from tests.unit.runtime_models import silent, tiny_llama, tiny_source

@@ -11,15 +11,22 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+from aiohttp import test_utils, web
 
 from bsns.chain.artifacts import CONTRACT_NAMES, contract_artifact
-from bsns.chain.client import Web3ChainClient
+from bsns.chain.client import Web3ChainClient, _open
 from bsns.chain.deployment import ETHER, Deployment, EscrowTerms, Terms, deploy
-from bsns.chain.errors import ChainUnavailableError, ContractError, UnknownBlockError, WrongChainError
+from bsns.chain.errors import (
+    ChainUnavailableError,
+    ContractError,
+    InsufficientFundsError,
+    UnknownBlockError,
+    WrongChainError,
+)
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
 from bsns.protocol.commitments import sealed_sketch, stage_commitment
-from bsns.protocol.identifiers import RequestId, request_id
+from bsns.protocol.identifiers import RequestId, address, request_id
 from bsns.protocol.sketch import distance
 from bsns.protocol.typed_data import NODE_KEY_PROOF, registry_domain, signing_digest
 from tests.anvil import Anvil, running_anvil
@@ -67,6 +74,12 @@ async def test_deployment_addresses_are_precomputed_and_terms_readable(network: 
     verification = await network.client.call("OutputVerification", "terms")
     assert verification.tolerance == terms.verification.tolerance
     assert await network.client.call("InferenceEscrow", "verification") == network.deployment.output_verification
+
+
+async def test_deployment_by_an_account_that_cannot_pay_names_it(anvil: Anvil) -> None:
+    pauper = KeySigner(secrets.token_bytes(32))
+    with pytest.raises(InsufficientFundsError, match=pauper.address):
+        await deploy(anvil.rpc_url, pauper, Terms.for_devnet())
 
 
 async def test_deployment_with_unsafe_windows_is_refused_by_the_constructor(anvil: Anvil) -> None:
@@ -170,6 +183,63 @@ async def test_endpoint_that_is_down_or_silent_is_unavailable_within_the_timeout
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ChainUnavailableError):
             await Web3ChainClient.connect(url, network.deployment, timeout_s=0.3)
+
+
+async def test_account_that_cannot_pay_is_named_whether_value_or_gas_is_missing(network: Network) -> None:
+    pauper = KeySigner(secrets.token_bytes(32))
+    poor = Submitter(network.client, pauper)
+    with pytest.raises(InsufficientFundsError, match=rf"{pauper.address}.*fund it") as estimated:
+        await poor.transfer(network.operator.address, 1)
+    assert estimated.value.account == pauper.address
+    await network.submitter.transfer(pauper.address, 1_000)
+    with pytest.raises(InsufficientFundsError, match=rf"{pauper.address}.*fund it"):
+        await poor.transfer(network.operator.address, 1_000)
+    assert await network.client.transaction_count(pauper.address) == 0
+    transaction = await network.client.prepare_transfer(network.operator.address, 1, sender=pauper.address, nonce=0)
+    with pytest.raises(InsufficientFundsError, match=pauper.address):
+        await network.client.send_raw(pauper.sign_transaction(transaction))
+
+
+@pytest.mark.parametrize(("pruned", "served"), [(2, True), (3, False)])
+async def test_read_of_the_newest_state_that_was_pruned_meanwhile_is_begun_again(pruned: int, served: bool) -> None:
+    """What Anvil says with --prune-history when a block comes between resolving "latest" and reading."""
+    refusal = {"code": -32602, "message": "BlockOutOfRangeError: block height is 12 but requested was 11"}
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        query = await request.json()
+        if query["method"] == "eth_chainId":  # web3 asks for it on its own
+            return web.json_response({"jsonrpc": "2.0", "id": query["id"], "result": hex(31_337)})
+        asked.append(query["method"])
+        outcome = {"error": refusal} if len(asked) <= pruned else {"result": "0x" + "00" * 31 + "05"}
+        return web.json_response({"jsonrpc": "2.0", "id": query["id"], **outcome})
+
+    application = web.Application()
+    application.router.add_post("/", answer)
+    zero = address("0x" + "00" * 20)
+    deployment = Deployment(31_337, zero, zero, zero, zero, zero, 1)
+    async with test_utils.TestServer(application) as server:
+        client = Web3ChainClient(_open(str(server.make_url("/")), 5), deployment)
+        try:
+            if served:
+                assert await client.call("NodeRegistry", "minimumStake") == 5
+                assert asked == ["eth_call"] * (pruned + 1)
+            else:
+                with pytest.raises(ChainUnavailableError, match="BlockOutOfRange"):
+                    await client.call("NodeRegistry", "minimumStake")
+                asked.clear()
+                with pytest.raises(ChainUnavailableError, match="BlockOutOfRange"):
+                    await client.call("NodeRegistry", "minimumStake", block=11)
+                assert asked == ["eth_call"], "a block that was asked for by number is gone for good"
+        finally:
+            await client.close()
+
+
+def test_key_signer_of_bytes_that_are_no_key_does_not_show_them() -> None:
+    for wrong in (b"", bytes(32), b"\xff" * 32, b"\1" * 31):
+        with pytest.raises(ValueError, match="curve order") as refused:
+            KeySigner(wrong)
+        assert str(int.from_bytes(wrong) or "no number") not in str(refused.value)
 
 
 def test_artifacts_carry_every_contract_below_the_size_limit() -> None:

@@ -17,11 +17,10 @@ import pytest
 
 from bsns.chain.deployment import Terms
 from bsns.chain.submitter import Submitter
+from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import ZERO_HASH, RequestId, model_id
 from bsns.v1 import common_pb2, coordination_pb2, coordination_pb2_grpc
-from coordinator.network_state import RequestStatus
 from coordinator.storage import IntentState, Storage
-from coordinator.verification_desk import Phase
 from tests.anvil import running_anvil
 from tests.integration.coordinator_fixtures import (
     EXECUTION_CLASS,

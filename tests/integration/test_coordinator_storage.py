@@ -12,10 +12,11 @@ from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy import inspect, text
 
 from bsns.chain.client import Block
+from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ModelId, PlanId, RequestId, address
 from bsns.protocol.measurements import NodeMeasurements, UnitTiming, measurements_hash
 from coordinator import storage as storage_module
-from coordinator.network_state import NetworkState, RequestStatus, fold
+from coordinator.network_state import NetworkState, fold
 from coordinator.storage import (
     AnotherWriterError,
     Intent,

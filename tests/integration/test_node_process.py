@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from bsns.protocol.contract_states import Phase
 from bsns.protocol.sampling import SamplingParameters
-from node_client.chain_view import Phase
 from node_client.service import NodeService
 from tests.integration.node_fixtures import Network, named_key, running_network, short_terms, until
 
@@ -151,6 +151,8 @@ async def test_start_that_cannot_succeed_ends_with_its_exit_code_and_says_why(tm
         assert (code, "check that it runs" in err) == (4, True), err
         code, _, err = await run_to_end(network, arguments(network, "a", "--stake", "0.000001"))
         assert (code, "minimum stake" in err) == (2, True), err
+        node = open_keystore(settings).node_signer().address
+        assert await network.client.balance(node) == 0, "no money moved for a join that is refused"
         code, _, err = await run_to_end(network, arguments(network, "a", "--stake", "much"))
         assert code == 2
         other = json.loads(network.deployment_file.read_text())
@@ -161,7 +163,13 @@ async def test_start_that_cannot_succeed_ends_with_its_exit_code_and_says_why(tm
         assert (code, "on chain 1" in err) == (4, True), err
         poor = arguments(network, "a", "--stake", "1000000")
         code, _, err = await run_to_end(network, poor)
-        assert code in (3, 4), err
+        assert (code, named_key("operator a").address in err, "fund it" in err) == (3, True, True), err
+        assert await network.client.balance(node) == 0
+        code, _, err = await run_to_end(network, arguments(network, "a", "--config", str(tmp_path / "none.toml")))
+        assert (code, "no settings file" in err) == (2, True), err
+        none = [sys.executable, "-m", "node_client.cli", "keys", "show", "--data-dir", str(tmp_path / "nowhere")]
+        code, _, err = await run_to_end(network, none)
+        assert (code, "no keys" in err, (tmp_path / "nowhere").exists()) == (2, True, False), err
         code, out, _ = await run_to_end(network, arguments(network, "a", "--print-config"))
         assert code == 0
         assert "correct horse" not in out
@@ -169,4 +177,33 @@ async def test_start_that_cannot_succeed_ends_with_its_exit_code_and_says_why(tm
         doctor += ["--deployment", str(network.deployment_file), "--data-dir", str(tmp_path / "a")]
         code, out, _ = await run_to_end(network, [*doctor, "--model-cache", str(network.cache)])
         assert code == 4, "the node is not registered"
-        assert {item["check"] for item in json.loads(out)} >= {"chain", "clock", "models", "disk", "registration"}
+        assert json.loads(out)["ok"] is False
+        assert {item["check"] for item in json.loads(out)["checks"]} >= {
+            "chain",
+            "clock",
+            "models",
+            "disk",
+            "registration",
+        }
+
+
+async def test_serve_exit_and_withdraw_say_what_stands_in_the_way(tmp_path: Path) -> None:
+    async with running_network(tmp_path) as network:
+        network.password = "correct horse"
+        await network.fund(named_key("operator a").address)
+        place = ["--rpc", network.anvil.rpc_url, "--deployment", str(network.deployment_file)]
+        place += ["--data-dir", str(network.settings("a").data_dir)]
+        program = [sys.executable, "-m", "node_client.cli"]
+        async with node_process(network, "a") as (_, ready):
+            code, _, err = await run_to_end(network, arguments(network, "a"))
+            assert (code, "another bsns-node serves" in err) == (2, True), err
+            await network.until_active(ready["node"])
+        code, out, err = await run_to_end(network, [*program, "serve", *place, "--listen", "127.0.0.1:0"])
+        assert (code, out, f"registered at {ready['endpoint']}" in err) == (2, "", True), err
+        for _ in range(2):
+            code, out, err = await run_to_end(network, [*program, "exit", *place])
+            assert (code, "exit has begun" in out) == (0, True), err
+        code, out, err = await run_to_end(network, [*program, "withdraw", *place])
+        assert (code, "thaws until" in out) == (0, True), err
+        code, _, err = await run_to_end(network, [*program, "withdraw", *place], BSNS_NODE_PASSWORD="wrong")
+        assert (code, "password is wrong" in err) == (2, True), err

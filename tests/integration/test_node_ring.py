@@ -11,6 +11,7 @@ import pytest
 
 from bsns.chain.submitter import Submitter
 from bsns.protocol.commitments import EvidenceBuilder, content_digest, sketch_seed
+from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import ZERO_HASH, RequestId
 from bsns.protocol.sampling import SamplingParameters
 from bsns.runtime import activation_codec
@@ -18,7 +19,6 @@ from bsns.runtime.activation_codec import TensorEncoding
 from bsns.runtime.executor import StageExecutor
 from bsns.runtime.weight_store import WeightStore
 from bsns.v1 import common_pb2, execution_pb2
-from node_client.chain_view import Phase, RequestStatus
 from node_client.evidence_store import EvidenceStore, StageResult
 from node_client.shard_runtime import decode_input, new_sketch, stage_executor
 from tests.integration.node_fixtures import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from eth_account import Account
 
+from bsns.chain.signer import KeySigner
 from bsns.protocol.identifiers import keccak256
 from bsns.protocol.record import VerificationRecord
 from tests.integration.recorded_network import PROMPT, REPOSITORY, RecordedNetwork
@@ -172,6 +174,57 @@ async def test_bsns_wrong_use_exits_2_and_unavailable_4(desk: Desk) -> None:
     code, _, err = await desk.run("requests", *desk.payer)
     assert code == 2
     assert "chmod 600" in err
+    desk.key.chmod(0o600)
+    desk.key.write_text("0" * 64)
+    code, _, err = await desk.run("requests", *desk.payer)
+    assert (code, "Traceback" in err) == (2, False), err
+    assert "below the curve order" in err
+
+
+async def test_bsns_request_by_an_account_that_cannot_pay_exits_3_and_names_it(desk: Desk) -> None:
+    desk.key.write_text(keccak256(b"nobody ever funded this").hex())
+    account = KeySigner(keccak256(b"nobody ever funded this")).address
+    options = ["--prompt-ids", IDS, "--max-tokens", "8"]
+    code, out, err = await desk.run("request", *desk.payer, *options)
+    assert (code, out) == (3, "")
+    assert f"account {account} has 0 wei" in err
+    code, out, _ = await desk.run("quote", *desk.chain, *options, "--json")
+    await desk.network.anvil.rpc("anvil_setBalance", account, hex(json.loads(out)["fee_wei"]))
+    code, out, err = await desk.run("request", *desk.payer, *options)
+    assert (code, out) == (3, ""), err
+    assert f"{account} cannot pay" in err
+    assert "fund it" in err
+
+
+async def test_bsns_request_interrupted_says_how_to_go_on_and_resume_shows_the_answer_again(desk: Desk) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "bsns.cli", "request", *desk.payer, "--prompt-ids", IDS, "--max-tokens", "8", "--json"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=REPOSITORY,
+        env={**os.environ, "BSNS_CACHE": str(desk.folder / "cache")},
+    )
+    assert process.stderr is not None
+    async with asyncio.timeout(60):
+        # Nobody routes it yet: it waits.
+        while b"waiting for a route" not in await process.stderr.readline():
+            continue
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
+    assert (process.returncode, out) == (4, b"")
+    assert "--resume" in err.decode()
+    assert "Traceback" not in err.decode()
+    code, listed, _ = await desk.run("requests", *desk.payer, "--json")
+    assert code == 0
+    [request] = json.loads(listed)["requests"]
+    async with SyntheticSwarm(desk.network).serving():
+        code, listed, err = await desk.run("requests", *desk.payer, "--resume", request["request_id"], "--json")
+        assert code == 0, err
+        first = json.loads(listed)
+        assert (first["status"], first["token_count"]) == ("Settled", len(ANSWER))
+        code, listed, err = await desk.run("requests", *desk.payer, "--resume", request["request_id"], "--json")
+        assert code == 0, err
+        assert json.loads(listed)["text"] == first["text"]
 
 
 async def test_bsns_prompt_from_standard_input_may_not_be_empty(desk: Desk) -> None:

@@ -19,6 +19,7 @@ from bsns.protocol.sampling import SamplingParameters
 from bsns.requester import (
     AnswerInvalidError,
     Client,
+    InsufficientFundsError,
     InvalidRequestError,
     NotServedError,
     RefundNotDueError,
@@ -177,6 +178,25 @@ async def test_request_nodes_that_do_not_commit_leave_the_deposit_refundable(tmp
         assert "did not all commit" in str(request.result())
 
 
+async def test_request_whose_expired_deposit_somebody_else_claimed_is_not_served_either(
+    network: RecordedNetwork, tmp_path: Path
+) -> None:
+    """The coordinator claims in the very block that passes the deadline: "expired" may never be seen."""
+    async with await Client.connect(
+        network.anvil.rpc_url, network.deployment, network.requester, tmp_path, limits=LIMITS
+    ) as client:
+        request = asyncio.create_task(catch(client.request(PROMPT, SAMPLING)))
+        await until(lambda: opened(client))
+        await network.anvil.pass_time(301)
+        assert isinstance(await request, NotServedError)
+        (entry,) = Journal(tmp_path).entries()
+        await network.send(network.nodes[0], "InferenceEscrow", "claimRefund", entry.request_id)
+        with pytest.raises(NotServedError, match="can be taken back now") as refused:
+            await client.resume(entry.request_id)
+        assert refused.value.refundable_at is not None
+        assert (await client.refund(entry.request_id)).withdrawn_wei == entry.deposit
+
+
 async def test_resume_after_a_crash_between_answer_and_draw_finishes_the_request(tmp_path: Path) -> None:
     async with running(tmp_path) as (_, client):
         request = asyncio.create_task(client.request(PROMPT, SAMPLING))
@@ -284,7 +304,7 @@ async def test_request_from_an_account_that_cannot_pay_says_what_it_needs(
     async with await Client.connect(
         network.anvil.rpc_url, network.deployment, pauper, tmp_path, limits=LIMITS
     ) as client:
-        with pytest.raises(InvalidRequestError, match=f"account {pauper.address} has 0 wei"):
+        with pytest.raises(InsufficientFundsError, match=f"account {pauper.address} has 0 wei"):
             await client.request(PROMPT, SAMPLING)
         assert Journal(tmp_path).entries() == ()
 

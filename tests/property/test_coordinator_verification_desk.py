@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import PlanId, RequestId
 from bsns.protocol.sketch import distance
-from coordinator.network_state import AttestationState, RequestState, RequestStatus, Reveal, StageState, TallyState
+from coordinator.network_state import AttestationState, RequestState, Reveal, StageState, TallyState
 from coordinator.storage import Intent
 from coordinator.verification_desk import (
-    Phase,
     VerificationRules,
     VerificationView,
     best_medoid,

@@ -7,13 +7,14 @@ import itertools
 
 import pytest
 
+from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ModelId, PlanId, RequestId, address
 from bsns.protocol.plan import Assignment
 from bsns.v1 import coordination_pb2
 from coordinator.dispatch import NodePool, PoolLimits
 from coordinator.dispatch.node_pool import PoolFullError
 from coordinator.dispatch.request_routing import choose_route, node_load
-from coordinator.network_state import PlanState, RequestState, RequestStatus, StageState
+from coordinator.network_state import PlanState, RequestState, StageState
 
 _LIMITS = PoolLimits(attached_nodes=2, heartbeat_seconds=2, missed_heartbeats=3, queued_messages=2)
 

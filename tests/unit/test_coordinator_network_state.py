@@ -10,6 +10,7 @@ import pytest
 
 from bsns.chain.artifacts import CONTRACT_NAMES, contract_artifact
 from bsns.chain.client import Block, ChainEvent
+from bsns.protocol.contract_states import NodeStatus, RequestStatus
 from bsns.protocol.identifiers import address
 from coordinator.documents import DocumentError, decode_record, decode_values, encode_record, encode_values
 from coordinator.network_state import (
@@ -17,9 +18,7 @@ from coordinator.network_state import (
     NetworkState,
     NetworkStateError,
     NodeState,
-    NodeStatus,
     RequestState,
-    RequestStatus,
     UnknownEventError,
     aggregate_of,
     apply,

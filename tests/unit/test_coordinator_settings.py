@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from bsns.chain.signer import KeySigner
 from coordinator.cli import app
-from coordinator.settings import SettingsError, is_loopback, load_key, load_settings, masked_url
+from coordinator.demo import clear_network_folder
+from coordinator.devnet import MARKER_FILE
+from coordinator.settings import SettingsError, load_key, load_settings
 from coordinator.storage import migrate
 from tests.integration.coordinator_fixtures import tiny_manifest
 
@@ -80,15 +82,6 @@ def test_settings_shown_hold_no_secret() -> None:
     )
     assert "hunter2" not in json.dumps(settings.shown())
     assert "hunter2" not in repr(settings.keystore_password)
-    assert masked_url("sqlite:///folder/c.sqlite") == "sqlite:///folder/c.sqlite"
-
-
-@pytest.mark.parametrize(
-    ("where", "expected"),
-    [("127.0.0.1:1", True), ("[::1]:1", True), ("localhost:1", True), ("0.0.0.0:1", False), ("host:1", False)],
-)
-def test_is_loopback_knows_loopback_addresses(where: str, expected: bool) -> None:
-    assert is_loopback(where) is expected
 
 
 def _key_file(folder: Path, content: str, mode: int = 0o600) -> Path:
@@ -112,7 +105,7 @@ def test_load_key_reads_raw_hex_and_keystores(tmp_path: Path) -> None:
             load_key(path, wrong)
 
 
-@pytest.mark.parametrize("content", ["", "0x12", "not hex", "{}", '{"crypto": 1}'])
+@pytest.mark.parametrize("content", ["", "0x12", "not hex", "{}", '{"crypto": 1}', "0" * 64, "f" * 64])
 def test_load_key_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
     with pytest.raises(SettingsError):
         load_key(_key_file(tmp_path, content), "secret")
@@ -128,7 +121,10 @@ def test_load_key_that_others_may_read_is_refused_with_the_command_to_fix_it(tmp
 def test_cli_without_settings_ends_with_usage_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["serve", "--config", str(tmp_path / "missing.toml")])
     assert result.exit_code == 2
-    result = CliRunner().invoke(app, ["serve"])
+    result = CliRunner().invoke(app, ["serve"], env={"BSNS_COORDINATOR_CONFIG_FILE": str(tmp_path / "gone.toml")})
+    assert result.exit_code == 2
+    assert "gone.toml" in result.stderr
+    result = CliRunner().invoke(app, ["serve"], env={"BSNS_COORDINATOR_CONFIG_FILE": ""})
     assert result.exit_code == 2
     assert "rpc_url" in result.stderr
 
@@ -158,9 +154,46 @@ def test_cli_migrate_status_and_plan_on_an_empty_database_say_what_is_there(tmp_
     result = CliRunner().invoke(app, ["plan", "--database-url", url, "--manifest", str(manifest)])
     assert result.exit_code == 2
     assert "nodes" in result.stderr
+    arguments = ["plan", "--database-url", url, "--manifest", str(manifest), "--measurements-hash", "zz"]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, "not a hash" in result.stderr) == (2, True)
     manifest.write_text("{}")
     assert CliRunner().invoke(app, ["plan", "--database-url", url, "--manifest", str(manifest)]).exit_code == 2
     migrate(url, "base")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["status", "--database-url", "mysql://u@h/n"], "mysql is not supported"),
+        (["status", "--database-url", "nonsense"], "database URL cannot be used"),
+        (["migrate", "--database-url", "sqlite://", "--to", "nowhere"], "cannot be migrated"),
+        (["status", "--database-url", "sqlite://", "--rpc", "http://127.0.0.1:1"], "--deployment"),
+    ],
+)
+def test_cli_with_wrong_database_settings_is_usage(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+
+
+def test_cli_status_with_something_else_than_a_deployment_is_usage(tmp_path: Path) -> None:
+    wrong = tmp_path / "deployment.json"
+    wrong.write_text("[1]")
+    arguments = ["status", "--database-url", "sqlite://", "--rpc", "http://127.0.0.1:1", "--deployment", str(wrong)]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, "not a deployment file" in result.stderr) == (2, True), result.stderr
+
+
+def test_devnet_folder_that_another_network_did_not_make_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("dear to me")
+    result = CliRunner().invoke(app, ["devnet", "--folder", str(tmp_path)])
+    assert (result.exit_code, "not emptied" in result.stderr) == (2, True), result.stderr
+    assert mine.read_text() == "dear to me"
+    (tmp_path / MARKER_FILE).touch()
+    clear_network_folder(tmp_path)
+    assert not tmp_path.exists()
+    clear_network_folder(tmp_path)
 
 
 def test_cli_deploy_does_not_overwrite_a_deployment(tmp_path: Path) -> None:

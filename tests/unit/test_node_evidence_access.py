@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from bsns.chain.signer import KeySigner
+from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import address, keccak256
 from bsns.protocol.typed_data import (
     EVIDENCE_QUERY,
@@ -19,7 +20,7 @@ from bsns.protocol.typed_data import (
     verification_domain,
 )
 from bsns.v1 import execution_pb2
-from node_client.chain_view import RequestStatus, SigningDomains
+from node_client.chain_view import SigningDomains
 from node_client.errors import ErrorReason, Refusal
 from node_client.grpc_service import ShardExecutionServicer
 from node_client.settings import NodeSettings

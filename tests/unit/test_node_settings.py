@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from node_client.errors import SettingsError
-from node_client.settings import NodeSettings, is_loopback, split_endpoint
+from node_client.settings import NodeSettings
 
 REQUIRED = {"rpc_url": "http://127.0.0.1:8545", "deployment": Path("d.json"), "data_dir": Path("n")}
 
 
 def test_settings_shown_mask_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BSNS_NODE_PASSWORD", "hunter2")
-    shown = json.dumps(NodeSettings.load(**REQUIRED).shown())
+    shown = json.dumps(NodeSettings.load(**{**REQUIRED, "rpc_url": "https://rpc.example/?key=hunter2"}).shown())
     assert "hunter2" not in shown
     assert "**********" in shown
 
@@ -29,12 +29,19 @@ def test_option_beats_environment_beats_file(tmp_path: Path, monkeypatch: pytest
     assert (settings.threads, settings.maximum_sessions, settings.log_level) == (3, 6, "debug")
 
 
+def test_a_settings_file_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BSNS_NODE_CONFIG_FILE", str(tmp_path / "missing.toml"))
+    with pytest.raises(SettingsError, match="no settings file"):
+        NodeSettings.load(**REQUIRED)
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         {"listen": "nowhere"},
         {"listen": "host:70000"},
         {"listen": "0.0.0.0:4000"},
+        {"coordinator": "coordinator.example:4000"},
         {"threads": 0},
         {"gas_balance_minimum_wei": 10**18},
         {"unknown": 1},
@@ -45,11 +52,3 @@ def test_bad_settings_are_named(bad: dict[str, object]) -> None:
     with pytest.raises(SettingsError) as raised:
         NodeSettings.load(**REQUIRED, **bad)
     assert "settings cannot be used" in str(raised.value)
-
-
-def test_endpoints_are_split_and_loopback_is_recognised() -> None:
-    assert split_endpoint("[::1]:80") == ("::1", 80)
-    assert is_loopback("localhost:1")
-    assert is_loopback("127.3.2.1:1")
-    assert not is_loopback("192.0.2.1:1")
-    assert not is_loopback("localhost.example:1")
