@@ -246,11 +246,10 @@ async def test_executor_that_invents_its_inputs_has_no_valid_evidence_and_loses_
             assert (result.evidence_root, result.output_tokens) == expected, (stage, name)
             assert (result.evidence_root == ZERO_HASH) == (stage == 1)
 
-        async def refunded() -> bool:
-            request = await network.client.call("InferenceEscrow", "requestOf", opened.id)
-            return bool(request.status == RequestStatus.REFUNDED)
+        async def proven_on_chain() -> bool:
+            return bool(await network.stage_events(opened, "ContradictionProven"))
 
-        await until(refunded, "requester refunded")
+        await until(proven_on_chain, "contradiction reported")
         stores = [service.evidence for service in network.services.values()]
 
         async def all_reported() -> bool:
@@ -262,6 +261,12 @@ async def test_executor_that_invents_its_inputs_has_no_valid_evidence_and_loses_
         for name, node in nodes.items():
             stake = await network.client.call("NodeRegistry", "stakeOf", node)
             assert (stake == 0) == (name == "b"), (name, stake)
+        # The committee that sits goes on; nobody tallies here, so the deposit comes back after the deadline.
+        request = await network.client.call("InferenceEscrow", "requestOf", opened.id)
+        await network.anvil.pass_time(request.deadline - (await network.client.head()).timestamp + 1)
+        await Submitter(network.client, network.requester).submit("InferenceEscrow", "claimRefund", opened.id)
+        request = await network.client.call("InferenceEscrow", "requestOf", opened.id)
+        assert request.status == RequestStatus.REFUNDED
 
 
 async def test_peer_that_is_gone_is_reported_to_the_requester_and_the_node_lives(tmp_path: Path) -> None:

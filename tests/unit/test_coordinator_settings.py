@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from eth_account import Account
 from typer.testing import CliRunner
 
@@ -22,7 +24,7 @@ _KEY = bytes([7]) * 32
 
 
 @pytest.fixture(autouse=True)
-def _no_outer_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_outer_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import os
 
     for name in list(os.environ):
@@ -30,6 +32,8 @@ def _no_outer_settings(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     # load_settings sets it for --config; this puts it back afterwards.
     monkeypatch.setenv("BSNS_COORDINATOR_CONFIG_FILE", "")
+    yield
+    structlog.reset_defaults()  # `serve` logs to the runner's standard error, which is closed now
 
 
 def _options(**changes: Any) -> dict[str, Any]:
