@@ -40,10 +40,14 @@ class Anvil:
         await self.rpc("anvil_setBalance", signer.address, hex(wei))
         return signer
 
-    async def move_time(self, seconds: int) -> None:
+    async def mine(self, blocks: int = 1) -> None:
+        """Mine `blocks` blocks now."""
+        await self.rpc("anvil_mine", hex(blocks))
+
+    async def pass_time(self, seconds: int) -> None:
         """Let `seconds` pass and mine one block, so that views see it."""
-        await self.rpc("evm_increaseTime", seconds)
-        await self.rpc("evm_mine")
+        await self.rpc("evm_increaseTime", hex(seconds))
+        await self.mine()
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL."""

@@ -35,7 +35,7 @@ from node_client.service import NodeService, Ready, open_keystore
 from node_client.session_store import sampling_to_message
 from node_client.settings import NodeSettings
 from node_client.shard_runtime import ExecutorFactory, stage_executor
-from tests.integration.recorded_network import Anvil, running_anvil
+from tests.anvil import Anvil, running_anvil
 from tests.unit.runtime_models import silent, tiny_llama, tiny_source
 
 EXECUTION_CLASS = "torch-cpu/float32/sdpa"
@@ -393,7 +393,7 @@ async def running_network(folder: Path, terms: Terms | None = None) -> AsyncIter
     home = folder / "cache" / "models" / "tiny" / "only"
     home.mkdir(parents=True)
     manifest = write_model_folder("tiny", tiny_source(model).load(), home, silent)
-    async with running_anvil("--block-time", "1") as anvil, contextlib.AsyncExitStack() as stack:
+    async with running_anvil("--block-time", "1", "--prune-history") as anvil, contextlib.AsyncExitStack() as stack:
         deployer, publisher, requester = (named_key(name) for name in ("deployer", "publisher", "requester"))
         for signer in (deployer, publisher, requester):
             await anvil.rpc("anvil_setBalance", signer.address, hex(1_000 * ETHER))

@@ -10,15 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import os
-import shutil
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import aiohttp
 
 from bsns.chain.client import ChainClient, Receipt, Web3ChainClient
 from bsns.chain.deployment import ETHER, Deployment, EscrowTerms, RegistryTerms, Terms, VerificationTerms, deploy
@@ -38,9 +33,9 @@ from bsns.protocol.record import (
     RecordedTokens,
 )
 from bsns.protocol.sampling import SamplingParameters
+from tests.anvil import Anvil, running_anvil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-START_TIMEOUT_S = 20.0
 PATIENCE_S = 10.0
 CLASS = execution_class_id("torch-cpu/float32/sdpa")
 PROMPT = (11, 12, 13, 14, 15)
@@ -54,80 +49,6 @@ async def until(condition: Callable[[], Awaitable[object]], timeout_s: float = 3
             if await condition():
                 return
             await asyncio.sleep(0.02)
-
-
-def anvil_program() -> str:
-    """The pinned anvil, wherever `make setup` or its user put it."""
-    candidates = [
-        os.environ.get("BSNS_ANVIL", ""),
-        str(REPOSITORY / "contracts/node_modules/.bin/anvil"),
-        str(Path.home() / ".foundry/bin/anvil"),
-    ]
-    found = next((path for path in candidates if path and os.access(path, os.X_OK)), shutil.which("anvil"))
-    if found is None:
-        raise FileNotFoundError("no anvil: run `make setup`")
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@dataclass
-class Anvil:
-    """A chain in a child process."""
-
-    rpc_url: str
-
-    async def rpc(self, method: str, *parameters: Any) -> Any:
-        body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": list(parameters)}
-        async with aiohttp.ClientSession() as session, session.post(self.rpc_url, json=body) as response:
-            answer = await response.json()
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer["result"]
-
-    async def mine(self, blocks: int = 1) -> None:
-        await self.rpc("anvil_mine", hex(blocks))
-
-    async def pass_time(self, seconds: int) -> None:
-        await self.rpc("evm_increaseTime", hex(seconds))
-        await self.mine()
-
-
-@contextlib.asynccontextmanager
-async def running_anvil(*options: str) -> AsyncIterator[Anvil]:
-    """An Anvil on a free loopback port, ended with its own pid."""
-    port = free_port()
-    arguments = [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--chain-id",
-        "31337",
-        "--prune-history",
-        "--silent",
-        *options,
-    ]
-    process = await asyncio.create_subprocess_exec(
-        anvil_program(), *arguments, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
-    )
-    anvil = Anvil(f"http://127.0.0.1:{port}")
-    try:
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while True:
-                try:
-                    await anvil.rpc("eth_blockNumber")
-                    break
-                except aiohttp.ClientError:
-                    await asyncio.sleep(0.05)
-        yield anvil
-    finally:
-        process.terminate()
-        await process.wait()
 
 
 def quick_terms(*, sampling_rate_bps: int = 10_000, tolerance: int = 96) -> Terms:
@@ -247,7 +168,7 @@ class RecordedNetwork:
     @contextlib.asynccontextmanager
     async def running(cls, terms: Terms | None = None, *, stages: int = 3) -> AsyncIterator[RecordedNetwork]:
         """Deployed, registered, planned and active."""
-        async with running_anvil() as anvil:
+        async with running_anvil("--prune-history") as anvil:
             deployer = key("deployer")
             accounts = [deployer.address, key("publisher").address, key("requester").address, key("challenger").address]
             for number in range(stages + 1):

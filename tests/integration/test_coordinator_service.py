@@ -134,7 +134,7 @@ async def test_request_without_commitments_after_its_deadline_is_refunded_by_the
     async with _network(tmp_path, _terms(), nodes=2) as (network, _, _, requester, plan):
         request = await requester.open(plan, 1)
         await eventually(lambda: _has_status(network, request, RequestStatus.ROUTED), "the route")
-        await network.anvil.move_time(network.terms.escrow.commit_window + 1)
+        await network.anvil.pass_time(network.terms.escrow.commit_window + 1)
         await eventually(lambda: _has_status(network, request, RequestStatus.REFUNDED), "the refund")
 
 
