@@ -11,6 +11,7 @@ PROMPT      ?= What is the capital of France, and what is it known for?
 MAX_TOKENS  ?= 32
 NODES       ?= 4
 SEED        ?= 7
+KEEP        ?= 0
 # Most integration tests wait for blocks: more workers than cores pay, and each file stays on one of them.
 PYTEST_WORKERS ?= 3
 PYTEST_ARGS ?=
@@ -19,11 +20,12 @@ PYTHON      ?= $(shell command -v python3.11 || command -v python3.12 || command
 
 # The text of a setting reaches the program as it was typed: it is exported by its value, never pasted into a recipe,
 # and never expanded by make, so that quotes, dollars and backticks in it are harmless.
-unexport PROMPT MAX_TOKENS NODES SEED
+unexport PROMPT MAX_TOKENS NODES SEED KEEP
 export BSNS_DEMO_PROMPT     = $(value PROMPT)
 export BSNS_DEMO_MAX_TOKENS = $(value MAX_TOKENS)
 export BSNS_DEMO_NODES      = $(value NODES)
 export BSNS_DEMO_SEED       = $(value SEED)
+export BSNS_DEMO_KEEP       = $(value KEEP)
 
 # No virtual environment needs to be active: its programs (and node, where the system has none) come first.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)

@@ -244,7 +244,9 @@ def demo_command(
     nodes: Annotated[int, typer.Option(envvar="BSNS_DEMO_NODES", min=2, max=16, help="Node clients to start.")] = 4,
     seed: Annotated[int, typer.Option(envvar="BSNS_DEMO_SEED", min=0, help="Seed of the sampling.")] = 7,
     output: Annotated[Path, typer.Option(help="Folder of summary.json and record.json.")] = Path("build/demo"),
-    keep: Annotated[bool, typer.Option(help="Leave the chain running, for audits afterwards.")] = False,
+    keep: Annotated[
+        bool, typer.Option(envvar="BSNS_DEMO_KEEP", help="Keep the network until Ctrl-C, for audits afterwards.")
+    ] = False,
 ) -> None:
     """One paid, sharded, verified inference on a local network, from an empty chain to an audited record."""
     settings = DemoSettings(prompt, max_tokens, nodes, seed, output, keep)

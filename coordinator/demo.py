@@ -44,7 +44,12 @@ class DemoSettings:
 
 
 async def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
-    """The whole demo; returns the summary. DevnetError says which step failed; every process is stopped either way."""
+    """The whole demo; returns the summary. DevnetError says which step failed; every process is stopped either way,
+    also when SIGTERM ends the demo.
+    """
+    demo = asyncio.current_task()
+    assert demo is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, demo.cancel)
     model_folder = await prepared_model()
     return await Demo(settings, console, model_folder).execute()
 
@@ -55,9 +60,7 @@ async def run_devnet(folder: Path, nodes: int, console: Console) -> None:
     """
     clear_network_folder(folder)
     model_folder = await prepared_model()
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = stop_signal()
     devnet = Devnet(
         folder,
         model_folder / "manifest.json",
@@ -87,6 +90,14 @@ async def run_devnet(folder: Path, nodes: int, console: Console) -> None:
                 )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), WATCH_INTERVAL_S)
+
+
+def stop_signal() -> asyncio.Event:
+    """Set by the first SIGINT or SIGTERM from now on."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
 
 
 def clear_network_folder(folder: Path) -> None:
@@ -128,7 +139,6 @@ class Demo:
             model_folder / "manifest.json",
             node_count=settings.nodes,
             progress=self._say,
-            keep_chain=settings.keep,
         )
 
     async def execute(self) -> dict[str, Any]:
@@ -154,7 +164,10 @@ class Demo:
             self._say("auditor: the record holds against the chain alone")
             summary = summarise(settings, answer, record, record_file)
             (settings.output / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        self._show(summary)
+            self._show(summary)
+            if settings.keep:
+                self._say(f"the chain is kept until Ctrl-C: bsns audit verify {record_file} --rpc {devnet.rpc_url}")
+                await stop_signal().wait()
         return summary
 
     def _request_command(self, record_file: Path) -> list[str]:
@@ -215,13 +228,11 @@ class Demo:
         table.add_row("money", f"deposit {summary['fee_wei']:,} wei, refunded {summary['refunded_wei']:,} wei")
         gas = [item["gas_used"] for item in summary["transactions"]]
         table.add_row("gas", f"{sum(gas):,} in {len(gas)} transactions")
-        first, rate = summary["time_to_first_token_s"], summary["tokens_per_second"]
-        table.add_row("speed", f"first token after {first:.2f} s, then {rate:.1f} tokens/s")
+        speed, rate = f"first token after {summary['time_to_first_token_s']:.2f} s", summary["tokens_per_second"]
+        # One token has no rate.
+        table.add_row("speed", speed if rate is None else f"{speed}, then {rate:.1f} tokens/s")
         table.add_row("record", f"{summary['record']} ({Path(summary['record']).stat().st_size:,} bytes)")
         self._console.print(table)
-        if self._settings.keep:
-            devnet = self._devnet
-            self._say(f"the chain is kept: bsns audit verify {summary['record']} --rpc {devnet.rpc_url}")
 
 
 def summarise(

@@ -118,7 +118,6 @@ class Devnet:
         fee_per_token: int = ETHER // 1_000_000,
         progress: Progress = lambda _line: None,
         node_command: Callable[[int], Sequence[str]] = lambda _index: (sys.executable, "-m", "node_client.cli"),
-        keep_chain: bool = False,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -131,7 +130,6 @@ class Devnet:
         self.deployment_file = folder / "deployment.json"
         self._progress = progress
         self._node_command = node_command
-        self._keep_chain = keep_chain
         self._anvil: ManagedProcess | None = None
         self._coordinator: ManagedProcess | None = None
         self._rpc_port = 0
@@ -168,11 +166,9 @@ class Devnet:
         await self.stop()
 
     async def stop(self) -> None:
-        """End every process, the last started first; Anvil last, and not at all if the chain is to be kept."""
-        kept = [self._anvil] if self._keep_chain and self._anvil else []
-        others = [child for child in self.processes if child is not self._anvil]
-        await asyncio.gather(*(child.stop() for child in others))
-        if self._anvil and not kept:
+        """End every process; Anvil last, so that the others can finish what they are sending."""
+        await asyncio.gather(*(child.stop() for child in self.processes if child is not self._anvil))
+        if self._anvil:
             await self._anvil.stop()
 
     def check(self) -> None:
