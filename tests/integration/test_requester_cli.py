@@ -75,7 +75,7 @@ async def test_bsns_request_with_record_then_audit_verify_holds(desk: Desk) -> N
     assert answer["token_ids"] == list(ANSWER)
     assert answer["prompt_token_ids"] == list(PROMPT)
     assert answer["status"] == "Settled"
-    assert "waiting for a route" in err
+    assert "collecting the evidence" in err
     assert VerificationRecord.from_bytes(record.read_bytes()).tokens is not None
 
     rpc = ["--rpc", desk.network.anvil.rpc_url]
@@ -197,6 +197,8 @@ async def test_bsns_request_by_an_account_that_cannot_pay_exits_3_and_names_it(d
 
 
 async def test_bsns_request_interrupted_says_how_to_go_on_and_resume_shows_the_answer_again(desk: Desk) -> None:
+    # Where tests run in the background, SIGINT is ignored, and children would inherit that.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "bsns.cli", "request", *desk.payer, "--prompt-ids", IDS, "--max-tokens", "8", "--json"),
         stdout=asyncio.subprocess.PIPE,
@@ -204,6 +206,7 @@ async def test_bsns_request_interrupted_says_how_to_go_on_and_resume_shows_the_a
         cwd=REPOSITORY,
         env={**os.environ, "BSNS_CACHE": str(desk.folder / "cache")},
     )
+    signal.signal(signal.SIGINT, inherited)
     assert process.stderr is not None
     async with asyncio.timeout(60):
         # Nobody routes it yet: it waits.
