@@ -10,14 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 FORGE = ROOT / "contracts" / "node_modules" / ".bin" / "forge"
 COMPILER = ROOT / "contracts" / "solc"
 FORGE_TIMEOUT_S = 120
-
-pytestmark = pytest.mark.skipif(not FORGE.exists(), reason="forge is not installed; run `make setup`")
 
 
 def _run_forge(folder: Path, assertion: str) -> subprocess.CompletedProcess[str]:
