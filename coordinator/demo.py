@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bsns.protocol.record import VerificationRecord
@@ -211,11 +212,13 @@ class Demo:
         return output.decode()
 
     def _say(self, line: str) -> None:
-        self._console.print(f"[dim]{time.monotonic() - self._began:6.1f} s[/dim]  {line}", highlight=False, markup=True)
+        self._console.print(
+            f"[dim]{time.monotonic() - self._began:6.1f} s[/dim]  {escape(line)}", highlight=False, soft_wrap=True
+        )
 
     def _show(self, summary: dict[str, Any]) -> None:
         table = Table(title="One paid, sharded, verified inference", show_header=False, title_justify="left")
-        table.add_row("answer", summary["text"])
+        table.add_row("answer", escape(summary["text"]))
         table.add_row("request", summary["request_id"])
         for node in summary["nodes"]:
             paid = summary["paid_wei"].get(node["operator"], 0)
