@@ -1,12 +1,13 @@
 """Execution of a contiguous range of shard units: one stage of the pipeline.
 
-Owns the stage's modules (transformers' own decoder layers over mapped weights), the sessions' KV caches and the
-teacher-forced re-execution that a committee does. Promises: equal inputs at equal positions give outputs equal up to
-float noise however they are cut into steps; positions are contiguous; nothing outside the context limit runs; a step
-that failed leaves its session as before. Does not sample, sketch or speak to the network, and does not lock: one thread
-at a time may use a session.
+Owns `open_stage`, which gives the executor that fits the model, the executor of decoders (transformers' own layers over
+mapped weights), the sessions' KV caches and the teacher-forced re-execution that a committee does. Promises: equal
+inputs at equal positions give outputs equal up to float noise however they are cut into steps; positions are
+contiguous; nothing outside the context limit runs; a step that failed leaves its session as before. Does not sample,
+sketch or speak to the network, and does not lock: one thread at a time may use a session.
 
-transformers is imported only when a stage is built, and of it only the module of the one architecture.
+What differs between decoders is in `bsns.runtime.decoder_families`; captured programs run in
+`bsns.runtime.program_executor`.
 """
 
 import json
@@ -17,8 +18,16 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from bsns.protocol.manifest import ModelManifest
-from bsns.runtime.weight_store import WeightStore
+from bsns.protocol.manifest import EXPORTED, ModelManifest
+from bsns.runtime.decoder_families import (
+    EMBEDDING_WEIGHT,
+    HEAD_WEIGHT,
+    NORM_PREFIX,
+    POSITION_TABLE,
+    UnsupportedDecoderError,
+    decoder_family,
+)
+from bsns.runtime.weight_store import CONFIG_FILE, WeightStore
 
 # Rows of one forward in a re-execution: enough to fill the matrix kernels, small enough that logits and activations
 # stay in the cache.
@@ -79,33 +88,32 @@ class ShardExecutor(Protocol):
         self, session: StageSession, inputs: Tensor, *, position: int, logit_rows: Sequence[int] | None = None
     ) -> Tensor: ...
 
+    def rehearsal(self, *, batch: int, rows: int, past: int) -> Callable[[], None]:
+        """One step on random input, for profiling: `batch` sessions at once, `rows` new rows each, with `past` rows
+        already in each cache. Each call does the same work and leaves no state behind.
+        """
+        ...
 
-@dataclass(frozen=True, slots=True)
-class DecoderFamily:
-    """What differs between Hugging Face decoders: how config, layer, final norm and rotary embedding are made.
 
-    A family fits where its layer takes (hidden, attention_mask, position_embeddings, past_key_values) as Llama's does.
+def open_stage(
+    store: WeightStore,
+    first_unit: int,
+    end_unit: int,
+    *,
+    threads: int,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> ShardExecutor:
+    """The executor of the units [first_unit, end_unit), of the kind that the model needs.
+
+    `progress` is called with (bytes done, bytes in all) while weights are checked. Raises `WeightMismatchError` for a
+    wrong file, `ExecutionError` for a range or a model that cannot run.
     """
+    if store.manifest.architecture == EXPORTED:
+        from bsns.runtime.program_executor import ProgramExecutor
 
-    configuration: Callable[[dict[str, Any]], Any]
-    layer: Callable[[Any, int], nn.Module]
-    final_norm: Callable[[Any], nn.Module]
-    rotary: Callable[[Any], nn.Module]
-
-
-def _llama() -> DecoderFamily:
-    from transformers.models.llama.configuration_llama import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
-
-    return DecoderFamily(
-        configuration=lambda fields: LlamaConfig(**fields),
-        layer=LlamaDecoderLayer,
-        final_norm=lambda config: LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps),
-        rotary=LlamaRotaryEmbedding,
-    )
-
-
-_FAMILIES: Final[dict[str, Callable[[], DecoderFamily]]] = {"llama": _llama}
+        return ProgramExecutor(store, first_unit, end_unit, threads=threads, device=device, progress=progress)
+    return StageExecutor(store, first_unit, end_unit, threads=threads, device=device, progress=progress)
 
 
 class _DecoderSession:
@@ -143,12 +151,15 @@ class _DecoderSession:
 
     def discard_uncounted_rows(self) -> None:
         """Cuts every layer to the counted position: after `truncate`, and after a forward that failed half way."""
-        # Set directly: what `DynamicCache.crop` takes has changed its meaning between releases of transformers 5.
-        layers: list[Any] = self.cache.layers
-        for layer in layers:
-            if layer.is_initialized and layer.keys.shape[-2] > self._position:
-                layer.keys = layer.keys[..., : self._position, :]
-                layer.values = layer.values[..., : self._position, :]
+        _crop(self.cache, self._position)
+
+
+def _crop(cache: Any, rows: int) -> None:
+    # Set directly: what `DynamicCache.crop` takes has changed its meaning between releases of transformers 5.
+    for layer in cache.layers:
+        if layer.is_initialized and layer.keys.shape[-2] > rows:
+            layer.keys = layer.keys[..., :rows, :]
+            layer.values = layer.values[..., :rows, :]
 
 
 class StageExecutor:
@@ -180,39 +191,43 @@ class StageExecutor:
             raise ExecutionError(f"attention is {attention!r}, expected one of {_ATTENTIONS}")
         if manifest.dtype != "float32":
             raise ExecutionError(f"the model declares {manifest.dtype}; this executor computes float32 only")
-        if manifest.architecture not in _FAMILIES:
-            raise ExecutionError(
-                f"architecture {manifest.architecture!r} is unknown; this release runs {sorted(_FAMILIES)} "
-                "(add it to _FAMILIES)"
-            )
+        try:
+            family = decoder_family(manifest.architecture)
+            config = family.configuration(json.loads(store.read_file(CONFIG_FILE)), attention)
+        except UnsupportedDecoderError as error:
+            raise ExecutionError(str(error)) from error
         self._manifest, self._first_unit, self._end_unit = manifest, first_unit, end_unit
         self._threads, self._device, self._attention = threads, torch.device(device), attention
         if self._device.type == "cuda":
             # TF32 keeps ten bits of the mantissa: it is not the declared arithmetic.
             torch.backends.cuda.matmul.allow_tf32 = False
-        family = _FAMILIES[manifest.architecture]()
-        config = family.configuration(json.loads(store.config_bytes()))
-        config._attn_implementation = attention
+        self._shape = family.shape(config)
+        self._cache_argument = family.cache_argument
+        self._embedding_scale = None if family.embedding_scale is None else family.embedding_scale(config)
         self._embedding: Tensor | None = None
+        self._positions: Tensor | None = None
         self._blocks: list[nn.Module] = []
         self._norm: nn.Module | None = None
         self._head: Tensor | None = None
-        self._rotary = family.rotary(config).to(self._device)
+        rotary = family.rotary(config)
+        self._rotary = None if rotary is None else rotary.to(self._device)
         done, total = 0, sum(unit.size_bytes for unit in manifest.units[first_unit:end_unit])
         for unit in manifest.units[first_unit:end_unit]:
             tensors = {name: tensor.to(self._device) for name, tensor in store.load_unit(unit.index).items()}
             match unit.kind:
                 case "embedding":
-                    self._embedding = tensors["weight"]
+                    self._embedding = _taken(tensors, EMBEDDING_WEIGHT, unit.name)
+                    self._positions = _taken(tensors, POSITION_TABLE, unit.name) if family.positions else None
                 case "block":
                     with torch.device("meta"):
                         block = family.layer(config, len(self._blocks))
                     self._blocks.append(_with_weights(block, tensors, unit.name))
                 case "head":
+                    self._head = _taken(tensors, HEAD_WEIGHT, unit.name)
                     with torch.device("meta"):
                         norm = family.final_norm(config)
-                    self._norm = _with_weights(norm, {"weight": tensors["norm.weight"]}, unit.name)
-                    self._head = tensors["lm_head.weight"]
+                    weights = {name.removeprefix(NORM_PREFIX): tensor for name, tensor in tensors.items()}
+                    self._norm = _with_weights(norm, weights, unit.name)
             done += unit.size_bytes
             if progress is not None:
                 progress(done, total)
@@ -250,7 +265,7 @@ class StageExecutor:
     @property
     def output_width(self) -> int:
         """Row length of the outputs: the vocabulary with the head, else the hidden size."""
-        return self._manifest.vocabulary_size if self.has_head else self._manifest.hidden_size
+        return self._manifest.row_width(self._end_unit)
 
     def new_session(self, max_tokens: int) -> StageSession:
         """A session for at most `max_tokens` tokens (prompt and answer). Raises `ContextLimitError` beyond the model's
@@ -280,11 +295,10 @@ class StageExecutor:
         chosen = [rows - 1] if logit_rows is None else list(logit_rows)
         if self.has_head and not all(0 <= row < rows for row in chosen):
             raise ExecutionError(f"logit_rows {chosen} are not all within the step's {rows} rows")
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
+        self._use_threads()
         try:
             with torch.inference_mode():
-                output = self._run(session, inputs.to(self._device), position, rows, chosen)
+                output = self._run(session.cache, inputs.to(self._device)[None], position, chosen)[0]
         except BaseException:
             session.discard_uncounted_rows()
             raise
@@ -292,7 +306,7 @@ class StageExecutor:
         return output
 
     def _checked_rows(self, session: _DecoderSession, inputs: Tensor, position: int) -> int:
-        hidden, vocabulary = self._manifest.hidden_size, self._manifest.vocabulary_size
+        hidden, vocabulary = self._manifest.row_width(self._first_unit), self._manifest.vocabulary_size
         if self.has_embedding:
             if inputs.dtype != torch.int64 or inputs.ndim != 1:
                 raise ExecutionError(f"the stage takes token ids int64 [n], got {inputs.dtype} {list(inputs.shape)}")
@@ -314,26 +328,69 @@ class StageExecutor:
             )
         return rows
 
-    def _run(self, session: _DecoderSession, inputs: Tensor, position: int, rows: int, chosen: list[int]) -> Tensor:
-        # transformers' layers take a batch dimension; here it is always one.
-        hidden = (
-            nn.functional.embedding(inputs, self._embedding) if self._embedding is not None else inputs
-        ).unsqueeze(0)
+    def rehearsal(self, *, batch: int, rows: int, past: int) -> Callable[[], None]:
+        """One step on random input, for profiling: `batch` sessions at once, `rows` new rows each, with `past` rows
+        already in each cache. Each call does the same work and leaves no state behind.
+
+        The head computes logits of each session's last row. Raises `ExecutionError` for counts below 1 (`past`: 0) and
+        `ContextLimitError` where `past + rows` exceeds the model's context.
+        """
+        from transformers.cache_utils import DynamicCache
+
+        manifest, shape = self._manifest, self._shape
+        if batch < 1 or rows < 1 or past < 0:
+            raise ExecutionError(f"a rehearsal of {batch} sessions with {rows} rows after {past} is empty")
+        if past + rows > manifest.context_limit:
+            raise ContextLimitError(
+                f"{rows} rows after {past} exceed the model's context of {manifest.context_limit} tokens"
+            )
+        generator = torch.Generator().manual_seed(0)
+        if self.has_embedding:
+            inputs = torch.randint(0, manifest.vocabulary_size, (batch, rows), generator=generator)
+        else:
+            inputs = torch.randn(batch, rows, shape.hidden, generator=generator)
+        inputs = inputs.to(self._device)
+        cache = DynamicCache()
+        held = torch.randn(batch, shape.key_heads, past, shape.head_width, generator=generator).to(self._device)
+        for number in range(len(self._blocks)):
+            cache.update(held, held, number)
+
+        def step() -> None:
+            self._use_threads()
+            try:
+                with torch.inference_mode():
+                    self._run(cache, inputs, past, [rows - 1])
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
+            finally:
+                _crop(cache, past)
+
+        return step
+
+    def _use_threads(self) -> None:
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+
+    def _run(self, cache: Any, inputs: Tensor, position: int, chosen: list[int]) -> Tensor:
+        # `inputs`: [batch, rows] token ids or [batch, rows, hidden]; all sessions of a batch are at one position.
+        rows = inputs.shape[1]
+        positions = torch.arange(position, position + rows, device=self._device)[None]
+        hidden = inputs
+        if self._embedding is not None:
+            hidden = nn.functional.embedding(inputs, self._embedding)
+            if self._embedding_scale is not None:
+                hidden = hidden * self._embedding_scale
+            if self._positions is not None:
+                hidden = hidden + nn.functional.embedding(positions, self._positions)
         if self._blocks:
-            positions = torch.arange(position, position + rows, device=self._device).unsqueeze(0)
-            rotation = self._rotary(hidden, position_ids=positions)
-            mask = self._mask(position, rows)
+            arguments: dict[str, Any] = {"attention_mask": self._mask(position, rows), self._cache_argument: cache}
+            if self._rotary is not None:
+                arguments["position_embeddings"] = self._rotary(hidden, position_ids=positions)
             for block in self._blocks:
-                hidden = block(
-                    hidden,
-                    attention_mask=mask,
-                    position_embeddings=rotation,
-                    past_key_values=session.cache,
-                    use_cache=True,
-                )
+                hidden = block(hidden, use_cache=True, **arguments)
         if self._norm is None or self._head is None:
-            return hidden[0]
-        logits: Tensor = nn.functional.linear(self._norm(hidden[0, chosen]), self._head)
+            return hidden
+        logits: Tensor = nn.functional.linear(self._norm(hidden[:, chosen]), self._head)
         return logits
 
     def _mask(self, position: int, rows: int) -> Tensor | None:
@@ -401,6 +458,13 @@ def reexecute(
 ) -> list[Tensor]:
     """All of `iterate_reexecution` at once: one tensor per step."""
     return list(iterate_reexecution(executor, steps, chunk_rows=chunk_rows))
+
+
+def _taken(tensors: dict[str, Tensor], name: str, unit: str) -> Tensor:
+    try:
+        return tensors.pop(name)
+    except KeyError:
+        raise ExecutionError(f"{unit} has no tensor {name!r}; prepare the model again") from None
 
 
 def _with_weights(module: nn.Module, tensors: dict[str, Tensor], unit: str) -> nn.Module:

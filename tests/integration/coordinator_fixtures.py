@@ -33,7 +33,7 @@ from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
 from bsns.protocol.commitments import sealed_sketch, secret_hash, stage_commitment
 from bsns.protocol.identifiers import ModelId, RequestId, address, request_id
-from bsns.protocol.manifest import ModelManifest, ShardUnit
+from bsns.protocol.manifest import ModelFile, ModelManifest, ShardUnit
 from bsns.protocol.measurements import NodeMeasurements, UnitTiming
 from bsns.protocol.plan import Assignment, ShardPlan, execution_class_id
 from bsns.protocol.typed_data import (
@@ -142,12 +142,11 @@ def tiny_manifest(name: str = "tiny", blocks: int = 4) -> ModelManifest:
     kinds = ["embedding", *["block"] * blocks, "head"]
     return ModelManifest(
         name=name,
+        task="text-generation",
         architecture="scripted",
-        config_sha256=bytes([1]) * 32,
-        tokenizer_sha256=bytes([2]) * 32,
-        chat_template_sha256=bytes([3]) * 32,
+        files=(ModelFile("tokenizer.json", bytes([2]) * 32),),
         dtype="float32",
-        hidden_size=8,
+        input_width=0,
         vocabulary_size=32,
         context_limit=128,
         end_token_ids=(0,),
@@ -161,7 +160,8 @@ def tiny_manifest(name: str = "tiny", blocks: int = 4) -> ModelManifest:
                 size_bytes=1_000,
                 parameter_count=250,
                 flops_per_token=0 if kind == "embedding" else 500,
-                output_bytes_per_token=32,
+                output_bytes_per_token=128 if kind == "head" else 32,
+                peak_bytes=256,
             )
             for index, kind in enumerate(kinds)
         ),
@@ -278,8 +278,7 @@ class ScriptedNode:
             execution_class=EXECUTION_CLASS,
             memory_bytes=self.memory_bytes,
             unit_timings=tuple(
-                UnitTiming(kind, self.decode_nanoseconds, self.decode_nanoseconds)
-                for kind in ("embedding", "block", "head")
+                UnitTiming(kind, *[self.decode_nanoseconds] * 4) for kind in ("embedding", "block", "head")
             ),
         )
         domain = assignments_domain(self.network.deployment.chain_id, self.network.deployment.shard_assignments)

@@ -19,26 +19,29 @@ from bsns.chain.client import Web3ChainClient
 from bsns.chain.deployment import ETHER, Deployment, EscrowTerms, RegistryTerms, Terms, VerificationTerms, deploy
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
-from bsns.protocol.commitments import content_digest, input_commitment, secret_hash, token_bytes
+from bsns.protocol.commitments import input_commitment, secret_hash
 from bsns.protocol.contract_states import Phase
 from bsns.protocol.endpoints import split_endpoint
 from bsns.protocol.identifiers import ZERO_HASH, ModelId, RequestId, keccak256, model_id, request_id
-from bsns.protocol.manifest import ModelManifest
+from bsns.protocol.manifest import EXPORTED, ModelManifest
 from bsns.protocol.plan import Assignment, ShardPlan, execution_class_id
 from bsns.protocol.sampling import SamplingParameters
 from bsns.protocol.typed_data import PLAN_CONSENT, SESSION_TOKEN, signing_digest
-from bsns.runtime.prepare import write_model_folder
+from bsns.requester.request_input import RequestInput
+from bsns.runtime.executor import open_stage
+from bsns.runtime.prepare import ModelSource
 from bsns.v1 import common_pb2, execution_pb2
 from node_client.chain_view import SigningDomains
 from node_client.peers import shard_execution
 from node_client.service import NodeService, Ready, open_keystore
 from node_client.session_store import sampling_to_message
 from node_client.settings import NodeSettings
-from node_client.shard_runtime import ExecutorFactory, stage_executor
+from node_client.shard_runtime import ExecutorFactory
 from tests.anvil import Anvil, running_anvil
 from tests.unit.runtime_models import silent, tiny_llama, tiny_source
 
 EXECUTION_CLASS = "torch-cpu/float32/sdpa"
+EXPORTED_CLASS = "torch-cpu/float32/aten"
 FEE = 10**12
 PATIENCE_S = 60.0
 
@@ -63,12 +66,18 @@ class OpenedRequest:
     """A request on chain with everything its requester knows."""
 
     id: RequestId
-    prompt: tuple[int, ...]
+    given: RequestInput
     sampling: SamplingParameters
     salt: bytes
     secret: bytes
     commitment: bytes
     plan: ShardPlan
+
+    @property
+    def encoding(self) -> common_pb2.TensorEncoding.ValueType:
+        if self.given.encoding == "float32":
+            return common_pb2.TENSOR_ENCODING_RAW_FLOAT32
+        return common_pb2.TENSOR_ENCODING_TOKEN_IDS
 
 
 @dataclass
@@ -140,7 +149,7 @@ class Network:
         return NodeSettings(**{**values, **changed})
 
     async def start_node(
-        self, name: str, *, executor_factory: ExecutorFactory = stage_executor, **changed: Any
+        self, name: str, *, executor_factory: ExecutorFactory = open_stage, **changed: Any
     ) -> tuple[NodeService, Ready]:
         """A running node; stopped with the network, or with `service.stop`."""
         await self.fund(named_key(f"operator {name}").address)
@@ -157,12 +166,13 @@ class Network:
 
     async def publish_plan(self, stages: Sequence[tuple[str, int, int]]) -> ShardPlan:
         """A plan of one replica a stage: (name of the node, first unit, end unit); waits until it is in effect."""
+        execution_class = EXPORTED_CLASS if self.manifest.architecture == EXPORTED else EXECUTION_CLASS
         signers = [open_keystore(self.settings(name)).node_signer() for name, _, _ in stages]
         plan = ShardPlan(
             len(self.manifest.units),
             tuple(
                 Assignment(
-                    stage, 0, first, end, signers[stage].address, end - first, execution_class_id(EXECUTION_CLASS)
+                    stage, 0, first, end, signers[stage].address, end - first, execution_class_id(execution_class)
                 )
                 for stage, (_, first, end) in enumerate(stages)
             ),
@@ -196,13 +206,14 @@ class Network:
         return plan
 
     async def open_request(
-        self, plan: ShardPlan, prompt: Sequence[int], sampling: SamplingParameters, *, route: bool = True
+        self, plan: ShardPlan, prompt: Sequence[int] | RequestInput, sampling: SamplingParameters, *, route: bool = True
     ) -> OpenedRequest:
         self.nonce += 1
+        given = prompt if isinstance(prompt, RequestInput) else RequestInput.of_tokens(prompt)
         salt, secret = secrets.token_bytes(32), secrets.token_bytes(32)
-        commitment = input_commitment(content_digest(token_bytes(prompt)), len(prompt), sampling.digest(), salt)
+        commitment = input_commitment(given.digest, given.rows, sampling.digest(), salt)
         plan_id = await self.client.call("ShardAssignments", "activePlan", self.model_id, self.publisher.address)
-        quote = await self.client.call("InferenceEscrow", "quote", plan_id, len(prompt), sampling.maximum_tokens)
+        quote = await self.client.call("InferenceEscrow", "quote", plan_id, given.rows, sampling.maximum_tokens)
         await Submitter(self.client, self.requester).submit(
             "InferenceEscrow",
             "open",
@@ -210,13 +221,13 @@ class Network:
             self.nonce,
             commitment,
             secret_hash(secret),
-            len(prompt),
+            given.rows,
             sampling.maximum_tokens,
             value=quote,
         )
         opened = OpenedRequest(
             request_id(self.deployment.chain_id, self.deployment.inference_escrow, self.requester.address, self.nonce),
-            tuple(prompt),
+            given,
             sampling,
             salt,
             secret,
@@ -250,26 +261,26 @@ class Network:
             stage=stage,
             token=self.token(opened),
             input=execution_pb2.InputOpening(
-                prompt_digest=content_digest(token_bytes(opened.prompt)),
-                prompt_tokens=len(opened.prompt),
+                prompt_digest=opened.given.digest,
+                prompt_tokens=opened.given.rows,
                 sampling=sampling_to_message(opened.sampling),
                 salt=opened.salt,
             ),
         )
 
     def prompt_frame(self, opened: OpenedRequest, **changed: Any) -> execution_pb2.ForwardRequest:
-        payload = token_bytes(opened.prompt)
+        payload = opened.given.data
         values: dict[str, Any] = {
             "request_id": opened.id,
             "stage": 0,
             "step": 0,
             "position": 0,
-            "rows": len(opened.prompt),
-            "encoding": common_pb2.TENSOR_ENCODING_TOKEN_IDS,
+            "rows": opened.given.rows,
+            "encoding": opened.encoding,
             "frame_index": 0,
             "frame_count": 1,
             "payload": payload,
-            "digest": content_digest(payload),
+            "digest": opened.given.digest,
         }
         return execution_pb2.ForwardRequest(frame=execution_pb2.StepFrame(**{**values, **changed}))
 
@@ -387,12 +398,16 @@ def short_terms(**verification: Any) -> Terms:
 
 
 @contextlib.asynccontextmanager
-async def running_network(folder: Path, terms: Terms | None = None) -> AsyncIterator[Network]:
-    """Anvil with blocks of one second, contracts, a registered tiny model; no nodes yet."""
-    model = tiny_llama()
+async def running_network(
+    folder: Path, terms: Terms | None = None, *, model: Any = None, source: ModelSource | None = None
+) -> AsyncIterator[Network]:
+    """Anvil with blocks of one second, contracts, a registered tiny model (a Llama, or `model` as `source` writes it);
+    no nodes yet.
+    """
+    model = model or tiny_llama()
     home = folder / "cache" / "models" / "tiny" / "only"
     home.mkdir(parents=True)
-    manifest = write_model_folder("tiny", tiny_source(model).load(), home, silent)
+    manifest = (source or tiny_source(model)).write("tiny", home, silent)
     async with running_anvil("--block-time", "1", "--prune-history") as anvil, contextlib.AsyncExitStack() as stack:
         deployer, publisher, requester = (named_key(name) for name in ("deployer", "publisher", "requester"))
         for signer in (deployer, publisher, requester):

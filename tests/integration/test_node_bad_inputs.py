@@ -199,7 +199,7 @@ async def test_prompt_frames_that_are_no_prompt_are_rejected_and_the_right_one_s
 async def test_activations_of_a_stranger_or_rubbish_of_a_peer_are_rejected(network: Network) -> None:
     opened = await routed(network)
     await network.open_sessions(opened, ("a", "b"))
-    rows, width = len(PROMPT), network.manifest.hidden_size
+    rows, width = len(PROMPT), network.manifest.row_width(1)
     rubbish = b"\xff" * (4 * rows * width)  # NaN
 
     def frame(payload: bytes, **changed: Any) -> execution_pb2.ForwardRequest:

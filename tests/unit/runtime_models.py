@@ -1,5 +1,6 @@
 """A tiny random Llama with a real tokenizer format, for tests that must not wait for the embedded model."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bsns.runtime.executor import StageExecutor
-from bsns.runtime.prepare import ImportedModel, ModelSource, llama_config_fields, prepare
+from bsns.protocol.manifest import ModelManifest
+from bsns.runtime.executor import ShardExecutor
+from bsns.runtime.prepare import ImportedDecoder, ModelSource, Report, decoder_source, prepare
 from bsns.runtime.weight_store import WeightStore
 
 TEMPLATE = (
@@ -33,18 +35,23 @@ def tiny_llama(*, tied: bool = False, layers: int = 4, seed: int = 0) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def tiny_source(model: Any, name: str = "tiny") -> ModelSource:
-    """A model source that imports `model`; counts its imports in `source.load.calls`."""
+def imported(model: Any) -> ImportedDecoder:
+    """`model` (any of transformers' decoders) with a tokenizer of three words."""
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return ImportedDecoder(model.config.to_dict(), model.state_dict(), tokenizer.to_str(), TEMPLATE)
 
-    def load() -> ImportedModel:
-        load.calls += 1  # type: ignore[attr-defined]
-        fields = llama_config_fields(model.config.to_dict())
-        return ImportedModel(fields, model.state_dict(), tokenizer.to_str(), TEMPLATE)
 
-    load.calls = 0  # type: ignore[attr-defined]
-    return ModelSource(name, load)
+def tiny_source(model: Any, name: str = "tiny") -> ModelSource:
+    """A model source that imports `model`; counts its imports in `source.write.calls`."""
+    source = decoder_source(name, lambda: imported(model))
+
+    def write(name: str, folder: Path, report: Report) -> ModelManifest:
+        write.calls += 1  # type: ignore[attr-defined]
+        return source.write(name, folder, report)
+
+    write.calls = 0  # type: ignore[attr-defined]
+    return dataclasses.replace(source, write=write)
 
 
 def silent(_: str) -> None:
@@ -58,7 +65,7 @@ def flip_byte(path: Path, offset: int = -1) -> None:
     path.write_bytes(data)
 
 
-def greedy(pipeline: Sequence[StageExecutor], prompt: Sequence[int], tokens: int) -> list[int]:
+def greedy(pipeline: Sequence[ShardExecutor], prompt: Sequence[int], tokens: int) -> list[int]:
     """Greedy decoding through a pipeline of stages."""
     sessions = [stage.new_session(len(prompt) + tokens) for stage in pipeline]
     values, position, answer = torch.tensor(prompt), 0, []
@@ -83,7 +90,7 @@ def embedded_reference(folder: Path) -> Any:
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     store = WeightStore(folder)
-    config = LlamaConfig(**json.loads(store.config_bytes()), attn_implementation="sdpa")
+    config = LlamaConfig(**json.loads(store.read_file("config.json")), attn_implementation="sdpa")
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     state = {"model.embed_tokens.weight": store.load_unit(0)["weight"]}

@@ -18,7 +18,6 @@ from bsns.runtime.executor import (
     reexecute,
 )
 from bsns.runtime.prepare import prepare
-from bsns.runtime.profile import measure
 from bsns.runtime.weight_store import WeightMismatchError, WeightStore
 from tests.unit.runtime_models import flip_byte, greedy, silent, tiny_llama, tiny_source
 
@@ -202,10 +201,3 @@ def test_eager_attention_is_another_class_with_equal_outputs(store: WeightStore)
         outputs.append(stage.forward(session, torch.arange(9), position=7, logit_rows=range(9)))
         assert stage.execution_class.endswith(attention)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
-
-
-def test_profile_measures_every_unit_kind(store: WeightStore) -> None:
-    profile = measure(store, time_limit=0.2)
-    assert {timing.kind for timing in profile.timings} == {"embedding", "block", "head"}
-    assert all(timing.decode_seconds > 0 and timing.prefill_seconds > 0 for timing in profile.timings)
-    assert profile.manifest_hash == store.manifest.manifest_hash

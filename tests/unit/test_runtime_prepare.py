@@ -8,7 +8,7 @@ import pytest
 
 from bsns.protocol.manifest import ModelManifest
 from bsns.runtime import prepare as preparation
-from bsns.runtime.prepare import ImportedModel, PreparationError, prepare
+from bsns.runtime.prepare import PreparationError, Report, prepare
 from bsns.runtime.weight_store import WeightMismatchError, WeightStore, WeightStoreError
 from tests.unit.runtime_models import flip_byte, silent, tiny_llama, tiny_source
 
@@ -17,7 +17,7 @@ def test_prepare_twice_imports_once_and_folder_is_named_by_manifest(tmp_path: Pa
     source = tiny_source(tiny_llama())
     folder = prepare(source, tmp_path, report=silent)
     assert prepare(source, tmp_path, report=silent) == folder
-    assert source.load.calls == 1  # type: ignore[attr-defined]
+    assert source.write.calls == 1  # type: ignore[attr-defined]
     assert folder.name == WeightStore(folder).manifest.manifest_hash.hex()
     assert [path.name for path in folder.parent.iterdir() if path.name != ".lock"] == [folder.name]
 
@@ -36,7 +36,7 @@ def test_damaged_file_is_found_and_made_again(tmp_path: Path, file: str) -> None
     flip_byte(folder / file)
     lines: list[str] = []
     assert prepare(source, tmp_path, report=lines.append) == folder
-    assert source.load.calls == 2  # type: ignore[attr-defined]
+    assert source.write.calls == 2  # type: ignore[attr-defined]
     assert any("damaged" in line for line in lines)
     WeightStore(folder).verify_all()
 
@@ -51,16 +51,16 @@ def test_missing_file_is_made_again(tmp_path: Path) -> None:
 
 def test_interrupted_import_leaves_nothing_and_next_one_works(tmp_path: Path) -> None:
     source = tiny_source(tiny_llama())
-    model = source.load()
 
-    def interrupted() -> ImportedModel:
+    def interrupted(name: str, folder: Path, report: Report) -> ModelManifest:
+        source.write(name, folder, report)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(dataclasses.replace(source, load=interrupted), tmp_path, report=silent)
+        prepare(dataclasses.replace(source, write=interrupted), tmp_path, report=silent)
     home = tmp_path / "models" / "tiny"
     (home / ".building-dead").mkdir()
-    folder = prepare(dataclasses.replace(source, load=lambda: model), tmp_path, report=silent)
+    folder = prepare(source, tmp_path, report=silent)
     assert sorted(path.name for path in home.iterdir()) == sorted([".lock", folder.name])
 
 
@@ -76,7 +76,7 @@ def test_two_preparations_at_once_import_once(tmp_path: Path) -> None:
         thread.join()
     assert len(set(folders)) == 1
     assert len(folders) == 4
-    assert source.load.calls == 1  # type: ignore[attr-defined]
+    assert source.write.calls == 1  # type: ignore[attr-defined]
 
 
 def test_import_other_than_pinned_is_refused_with_versions(tmp_path: Path) -> None:
