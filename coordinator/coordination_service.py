@@ -12,7 +12,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NoReturn, TypeVar
 
 import grpc
@@ -273,8 +273,12 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
             )
         if measurements.model not in self._publications:
             return
-        await self._guarded(lambda: self._storage.keep_measurements(measurements, signature))
-        self._pool.changed()
+        known = await self._guarded(lambda: self._storage.keep_measurements(measurements, signature))
+        if known is not None and measurements.measured_at < known.measured_at:
+            _log.info("older_measurements_left_out", node=attached.node, measured_at=measurements.measured_at)
+        elif known is None or not _only_links_changed(known, measurements):
+            # Links are measured again and again: whoever waits for the last nodes to join does not wait for them.
+            self._pool.changed()
 
     async def _guarded(self, function: Callable[[], _T]) -> _T:
         try:
@@ -284,6 +288,11 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
             raise _Refusal(
                 grpc.StatusCode.UNAVAILABLE, "INTERNAL", "the coordinator's database is unavailable"
             ) from error
+
+
+def _only_links_changed(known: NodeMeasurements, measurements: NodeMeasurements) -> bool:
+    """Whether a node reports again what it has reported, but for its links."""
+    return replace(measurements, links=known.links, measured_at=known.measured_at) == known
 
 
 async def _abort(context: _Context, refusal: _Refusal) -> NoReturn:

@@ -32,6 +32,7 @@ from bsns.protocol.typed_data import (
 _REMEMBERED_LIMIT: Final = 10_000
 # A head older than this is asked for again even if nobody polled.
 _HEAD_SECONDS: Final = 1.0
+_REREAD_BLOCKS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,8 @@ class ChainView:
         self._head_read_at = 0.0
         self._remembered: dict[tuple[object, ...], Any] = {}
         self._endpoints: dict[str, tuple[int, NodeEndpoint]] = {}
+        self._registered: dict[ChecksumAddress, None] = {}
+        self._registered_up_to = deployment.first_block - 1
 
     async def head(self, *, fresh: bool = False) -> Block:
         """The newest block known; asked for again when `fresh` or older than a second."""
@@ -146,6 +149,19 @@ class ChainView:
         if status is not NodeStatus.ACTIVE:
             status = NodeStatus(await self._read("NodeRegistry", "statusOf", node, fresh=True))
         return status
+
+    async def registered_nodes(self) -> tuple[ChecksumAddress, ...]:
+        """Every node that has ever registered, oldest first; `node_status` says what has become of one."""
+        head = await self.head()
+        if head.number > self._registered_up_to:
+            # What was read before is read again as far as a reorganisation may have changed it.
+            first = max(self.deployment.first_block, self._registered_up_to + 1 - _REREAD_BLOCKS)
+            events = await self.client.events_between(
+                first, head.number, contract="NodeRegistry", name="NodeRegistered"
+            )
+            self._registered.update((address(event.arguments["node"]), None) for event in events)
+            self._registered_up_to = head.number
+        return tuple(self._registered)
 
     async def model_of_plan(self, plan_id: bytes) -> bytes:
         """Model id of a plan; 32 zero bytes if there is no such plan."""

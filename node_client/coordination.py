@@ -21,14 +21,15 @@ import structlog
 from bsns.chain.errors import ChainError
 from bsns.chain.signer import Signer
 from bsns.protocol.identifiers import BYTES32, ModelId, ProtocolError, address
-from bsns.protocol.measurements import NodeMeasurements, UnitTiming
+from bsns.protocol.measurements import LinkTiming, NodeMeasurements
 from bsns.protocol.plan import Assignment, ShardPlan, execution_class_id
 from bsns.protocol.typed_data import ATTACH_PROOF, PLAN_CONSENT, signing_digest
 from bsns.runtime.executor import ExecutionError
-from bsns.runtime.profile import PREFILL_TOKENS, RuntimeProfile
+from bsns.runtime.profile import RuntimeProfile
 from bsns.v1 import common_pb2, coordination_pb2, coordination_pb2_grpc
 from node_client.chain_view import ChainView, SigningDomains
 from node_client.errors import Refusal
+from node_client.link_probe import LinkProber
 from node_client.peers import CHANNEL_OPTIONS
 from node_client.session_store import SessionStore
 from node_client.settings import NodeSettings
@@ -39,7 +40,6 @@ log = structlog.get_logger(__name__)
 _MAXIMUM_HEARTBEAT_SECONDS: Final = 60.0
 _MINIMUM_HEARTBEAT_SECONDS: Final = 0.05
 _MAXIMUM_MODELS: Final = 64
-_NANOSECONDS: Final = 1_000_000_000
 
 
 class Coordination:
@@ -53,11 +53,13 @@ class Coordination:
         chain: ChainView,
         runtime: ShardRuntime,
         sessions: SessionStore,
+        links: LinkProber,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._settings, self._signer, self._domains = settings, signer, domains
-        self._chain, self._runtime, self._sessions, self._clock = chain, runtime, sessions, clock
+        self._chain, self._runtime, self._sessions = chain, runtime, sessions
+        self._links, self._clock = links, clock
         self._profiles: dict[bytes, RuntimeProfile] = {}
         self.attached = False
 
@@ -118,12 +120,12 @@ class Coordination:
     async def _read(self, call: Any, outbox: asyncio.Queue[coordination_pb2.AttachRequest]) -> None:
         """Answer what the coordinator sends, until the stream ends. Work that takes long runs beside the reading."""
         async with asyncio.TaskGroup() as group:
-            beating: asyncio.Task[None] | None = None
+            standing: list[asyncio.Task[None]] = []
             while True:
                 message = await call.read()
                 if message is grpc.aio.EOF:
-                    if beating is not None:
-                        beating.cancel()
+                    for task in standing:
+                        task.cancel()
                     return
                 match message.WhichOneof("body"):
                     case "challenge":
@@ -131,12 +133,14 @@ class Coordination:
                     case "welcome":
                         self.attached = True
                         log.info("coordinator_attached")
-                        if beating is not None:
-                            beating.cancel()
+                        for task in standing:
+                            task.cancel()
                         interval = message.welcome.heartbeat_interval_milliseconds / 1000
-                        beating = group.create_task(self._beat(outbox, interval))
-                        models = [bytes(model) for model in message.welcome.model_ids[:_MAXIMUM_MODELS]]
-                        group.create_task(self._report(outbox, models))
+                        models = [ModelId(bytes(model)) for model in message.welcome.model_ids[:_MAXIMUM_MODELS]]
+                        standing = [
+                            group.create_task(self._beat(outbox, interval)),
+                            group.create_task(self._report(outbox, models)),
+                        ]
                     case "offer":
                         group.create_task(self._answer(outbox, message.offer))
                     case body:
@@ -171,33 +175,44 @@ class Coordination:
             )
             await asyncio.sleep(interval)
 
-    async def _report(self, outbox: asyncio.Queue[coordination_pb2.AttachRequest], models: list[bytes]) -> None:
-        """Measurements of each of `models` that is here; the weights are measured once a process."""
+    async def _report(self, outbox: asyncio.Queue[coordination_pb2.AttachRequest], models: list[ModelId]) -> None:
+        """Measurements of each of `models` that is here, as soon as they are taken, with the links that are known by
+        then; all of them again when links have changed.
+        """
+        reported: tuple[LinkTiming, ...] | None = None
+        profiles: dict[ModelId, RuntimeProfile] = {}
         for model in models:
             try:
-                profile = await self._profile(ModelId(model))
+                profiles[model] = await self._profile(model)
             except (Refusal, ExecutionError) as error:
                 log.info("model_not_measured", model=model.hex(), detail=str(error))
                 continue
-            measurements = NodeMeasurements(
-                model=ModelId(model),
-                node=self._signer.address,
-                measured_at=int(self._clock()),
-                execution_class=execution_class_id(profile.execution_class),
-                memory_bytes=self._settings.weight_memory_bytes + self._settings.cache_memory_bytes,
-                unit_timings=tuple(
-                    UnitTiming(
-                        timing.kind,
-                        max(1, round(timing.decode_seconds * _NANOSECONDS)),
-                        max(1, round(timing.prefill_seconds * _NANOSECONDS / PREFILL_TOKENS)),
-                    )
-                    for timing in profile.timings
-                ),
-            )
-            signature = self._signer.sign_digest(measurements.signing_digest(self._domains.assignments))
-            await outbox.put(coordination_pb2.AttachRequest(measurements=measurements.to_message(signature)))
+            links = self._links.links
+            await outbox.put(self._measurements(model, profiles[model], links))
+            reported = links if reported is None else reported
+        while reported is not None:
+            await asyncio.sleep(self._settings.link_report_seconds)
+            reported = await self._links.changed(reported)
+            for model, profile in profiles.items():
+                await outbox.put(self._measurements(model, profile, reported))
+
+    def _measurements(
+        self, model: ModelId, profile: RuntimeProfile, links: tuple[LinkTiming, ...]
+    ) -> coordination_pb2.AttachRequest:
+        measurements = NodeMeasurements(
+            model=model,
+            node=self._signer.address,
+            measured_at=int(self._clock()),
+            execution_class=execution_class_id(profile.execution_class),
+            memory_bytes=self._settings.weight_memory_bytes + self._settings.cache_memory_bytes,
+            unit_timings=profile.timings,
+            links=links,
+        )
+        signature = self._signer.sign_digest(measurements.signing_digest(self._domains.assignments))
+        return coordination_pb2.AttachRequest(measurements=measurements.to_message(signature))
 
     async def _profile(self, model: ModelId) -> RuntimeProfile:
+        """What this machine measured about a model; it is measured once a process."""
         if model not in self._profiles:
             self._profiles[model] = await self._runtime.measure(model, self._settings.profile_seconds)
         return self._profiles[model]

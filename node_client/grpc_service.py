@@ -28,6 +28,7 @@ from bsns.v1 import common_pb2, execution_pb2, execution_pb2_grpc
 from node_client.chain_view import ChainView, SigningDomains
 from node_client.errors import ERROR_DOMAIN, ErrorReason, Refusal, StorageError, StorageFullError
 from node_client.evidence_store import EvidenceStore, RecordedStage
+from node_client.link_probe import ProbeResponder
 from node_client.peers import PEER_PROOF_KEY, check_peer_proof
 from node_client.pipeline import ForwardStream, Pipeline
 from node_client.session_store import SessionStore, sampling_to_message
@@ -55,12 +56,13 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
         pipeline: Pipeline,
         runtime: ShardRuntime,
         evidence: EvidenceStore,
+        probes: ProbeResponder,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._settings, self._node, self._domains, self._chain = settings, node, domains, chain
         self._sessions, self._pipeline, self._runtime, self._evidence = sessions, pipeline, runtime, evidence
-        self._clock = clock
+        self._probes, self._clock = probes, clock
 
     async def PrepareShard(
         self, request: execution_pb2.PrepareShardRequest, context: Any
@@ -176,6 +178,13 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
                                 payload=data[first : first + _FRAME_PAYLOAD],
                             )
                         )
+        except Exception as error:
+            await _abort(context, error)
+
+    async def Probe(self, request: execution_pb2.ProbeRequest, context: Any) -> execution_pb2.ProbeResponse:
+        try:
+            digest = await self._probes.answer(self._caller(context), request.payload)
+            return execution_pb2.ProbeResponse(digest=digest)
         except Exception as error:
             await _abort(context, error)
 

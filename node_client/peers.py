@@ -52,7 +52,9 @@ log = structlog.get_logger(__name__)
 
 
 def make_peer_proof(domain: Domain, signer: Signer, receiver: str, deadline: int) -> bytes:
-    """What a node sends in the metadata of Forward so that `receiver` knows who it is: address, deadline, signature."""
+    """What a node sends in the metadata of Forward and Probe so that `receiver` knows who it is: address, deadline,
+    signature.
+    """
     digest = signing_digest(domain, PEER_PROOF, (signer.address, address(receiver), deadline))
     return bytes.fromhex(signer.address[2:]) + deadline.to_bytes(_DEADLINE_LENGTH, "big") + signer.sign_digest(digest)
 
@@ -169,10 +171,15 @@ class PeerPool:
                 peer.task.cancel()
         self._peers.clear()
 
+    def proof_metadata(self, node: ChecksumAddress) -> tuple[tuple[str, bytes], ...]:
+        """Metadata of a call to `node` by which it knows who calls; good for the lifetime of a proof."""
+        deadline = int(self._clock()) + self._settings.peer_proof_lifetime_seconds
+        return ((PEER_PROOF_KEY, make_peer_proof(self._domain, self._signer, node, deadline)),)
+
     async def with_channel(
         self, node: ChecksumAddress, use: Callable[[ShardExecutionAsyncStub], Awaitable[None]]
     ) -> None:
-        """Run `use` with a channel of its own to `node`; for evidence, away from the live streams."""
+        """Run `use` with a channel of its own to `node`; for evidence and probes, away from the live streams."""
         channel = await self._dial(node)
         try:
             await use(shard_execution(channel))
@@ -231,9 +238,7 @@ class PeerPool:
         try:
             async with asyncio.timeout(settings.peer_connect_seconds):
                 await channel.channel_ready()
-            deadline = int(self._clock()) + settings.peer_proof_lifetime_seconds
-            proof = make_peer_proof(self._domain, self._signer, peer.node, deadline)
-            call = shard_execution(channel).Forward(metadata=((PEER_PROOF_KEY, proof),))
+            call = shard_execution(channel).Forward(metadata=self.proof_metadata(peer.node))
             now_connected()
             writer = asyncio.create_task(self._write(peer, call))
             try:

@@ -33,6 +33,7 @@ from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.endpoints import is_loopback, split_endpoint
 from bsns.protocol.identifiers import address
 from bsns.protocol.typed_data import NODE_KEY_PROOF, signing_digest
+from bsns.runtime.executor import open_stage
 from bsns.v1 import execution_pb2, execution_pb2_grpc
 from node_client.chain_duties import ChainDuties
 from node_client.chain_view import ChainView, SigningDomains
@@ -49,11 +50,12 @@ from node_client.keystore import (
     read_password,
     read_private_key,
 )
+from node_client.link_probe import LinkProber, ProbeResponder
 from node_client.pipeline import Pipeline
 from node_client.reexecution import Reexecution
 from node_client.session_store import SessionStore
 from node_client.settings import NodeSettings
-from node_client.shard_runtime import ExecutorFactory, ShardRuntime, stage_executor
+from node_client.shard_runtime import ExecutorFactory, ShardRuntime
 from node_client.signing_guard import SigningGuard
 
 SERVICE_NAME: Final = execution_pb2.DESCRIPTOR.services_by_name["ShardExecution"].full_name
@@ -113,7 +115,7 @@ class NodeService:
         self,
         settings: NodeSettings,
         *,
-        executor_factory: ExecutorFactory = stage_executor,
+        executor_factory: ExecutorFactory = open_stage,
         clock: Callable[[], float] = time.time,
         register: bool = True,
     ) -> None:
@@ -209,8 +211,9 @@ class NodeService:
         submitter = Submitter(client, signer)
         duties = ChainDuties(settings, signer.address, chain, submitter, evidence, guard, reexecution, start=start)
         servicer = ShardExecutionServicer(
-            settings, signer.address, domains, chain, sessions, pipeline, runtime, evidence, clock=clock
-        )
+            settings, signer.address, domains, chain, sessions, pipeline, runtime, evidence,
+            ProbeResponder(settings, chain), clock=clock,
+        )  # fmt: skip
         server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=settings.maximum_concurrent_calls)
         execution_pb2_grpc.add_ShardExecutionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call, unused-ignore]
         checks = health.aio.HealthServicer()
@@ -229,7 +232,10 @@ class NodeService:
 
         start(_restarted("chain_duties", duties.run))
         if settings.coordinator is not None:
-            coordination = Coordination(settings, signer, domains, chain, runtime, sessions, clock=clock)
+            # Links are for planners: without a coordinator nobody asks for them.
+            prober = LinkProber(settings, signer.address, chain, pipeline.peers)
+            start(_restarted("link_prober", prober.run))
+            coordination = Coordination(settings, signer, domains, chain, runtime, sessions, prober, clock=clock)
             coordinator = settings.coordinator
             start(_restarted("coordination", lambda: coordination.run(coordinator)))
         await checks.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -15,6 +15,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from bsns.protocol.endpoints import is_loopback, masked_url, split_endpoint
+from bsns.protocol.measurements import MAXIMUM_LINKS
 from node_client.errors import SettingsError
 from node_client.keystore import DEFAULT_SCRYPT_COST
 
@@ -107,6 +108,20 @@ class NodeSettings(BaseSettings):
     peer_backoff_maximum_seconds: float = Field(default=2.0, gt=0)
     peer_proof_lifetime_seconds: int = Field(default=60, ge=5, le=600)
     maximum_peers: int = Field(default=256, ge=1)
+
+    # Links
+    maximum_links: int = Field(default=64, ge=0, le=MAXIMUM_LINKS, description="other nodes whose links are measured")
+    link_probe_seconds: float = Field(default=5.0, gt=0, description="longest measurement of one link")
+    link_refresh_seconds: float = Field(default=600.0, gt=0, description="a link is measured again after this")
+    link_backoff_seconds: float = Field(
+        default=5.0, gt=0, description="pause before a peer out of reach is tried again"
+    )
+    link_backoff_maximum_seconds: float = Field(default=600.0, gt=0)
+    link_change_share: float = Field(
+        default=0.25, gt=0, lt=1, description="a link that changed by more than this share is reported again"
+    )
+    link_report_seconds: float = Field(default=10.0, gt=0, description="least time between two reports of links")
+    probe_bytes_a_minute: int = Field(default=128 * MIB, ge=0, description="probes answered, of all nodes together")
 
     # Chain
     rpc_timeout_seconds: float = Field(default=10.0, gt=0)

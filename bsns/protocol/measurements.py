@@ -1,45 +1,65 @@
 """What a node measured about itself for one model, in the one encoding that is hashed, signed and planned from.
 
-Owns the canonical encoding of `bsns.v1.Measurements` and its two hashes: the content hash a node signs (EIP-712
-Measurements under the domain of ShardAssignments) and the hash of a set of measurements that a plan carries on chain,
-from which anyone can recompute the plan. Promises that equal measurements have equal bytes whatever order their parts
-were given in. Does not measure, and does not judge whether a value is plausible: only that it is well formed and
-within the limits below.
+Owns the canonical encoding of `bsns.v1.Measurements` and the content hash that a node signs (EIP-712 Measurements
+under the domain of ShardAssignments). Promises that equal measurements have equal bytes whatever order their parts were
+given in, and that `from_content` takes nothing that `content` would not have given. Does not measure, and does not
+judge whether a value is plausible: only that it is well formed and within the limits below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Final
 
-from eth_abi.abi import encode
+from eth_abi.abi import decode, encode
+from eth_abi.exceptions import DecodingError
 from eth_typing import ChecksumAddress
 
-from bsns.protocol.identifiers import ModelId, ProtocolError, abi_hash, address, keccak256, require_bytes32
+from bsns.protocol.identifiers import ModelId, ProtocolError, address, keccak256, require_bytes32
 from bsns.protocol.typed_data import MEASUREMENTS, Domain, is_signed_by, signing_digest
 from bsns.v1 import coordination_pb2
 
-# A stranger sends these, so every part has a bound.
-MAXIMUM_UNIT_KINDS: Final = 64
+# What the timings of `UnitTiming` are taken with.
+PREFILL_TOKENS: Final = 64
+BATCHED_SESSIONS: Final = 8
+# A stranger sends these, so every part has a bound. An exported model has one kind for each of its units.
+MAXIMUM_UNIT_KINDS: Final = 512
 MAXIMUM_UNIT_KIND_LENGTH: Final = 64
-MAXIMUM_LINKS: Final = 1024
+MAXIMUM_LINKS: Final = 256
+# No content within these limits is larger: 4 bytes a character, four times and three fields, and ten words around them.
+MAXIMUM_CONTENT_BYTES: Final = (4 * MAXIMUM_UNIT_KIND_LENGTH + 1 + 128) * MAXIMUM_UNIT_KINDS + 96 * MAXIMUM_LINKS + 320
 _MAXIMUM_UINT64: Final = 2**64 - 1
-_CONTENT_ABI: Final = ["bytes32", "uint64", "(string,uint64,uint64)[]", "(address,uint64,uint64)[]"]
+# The kinds are one string, a line each, and not part of the tuples: an array of strings may point at one long string
+# many times over, so that a small content would decode to gigabytes.
+_CONTENT_ABI: Final = [
+    "bytes32",
+    "uint64",
+    "string",
+    "(uint64,uint64,uint64,uint64)[]",
+    "(address,uint64,uint64)[]",
+]
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class UnitTiming:
-    """Nanoseconds a unit of `unit_kind` takes: one decoded token, and one token within a prefill of 64."""
+    """Nanoseconds that one unit takes; `unit_kind` is the `timing_key` of the manifest's units it stands for.
+
+    `decode`: a step of one session with one new token. `prefill`: a step of one session with `PREFILL_TOKENS` tokens,
+    divided by its tokens. `batched_decode`: a step of `BATCHED_SESSIONS` sessions, each with one new token, the whole
+    step undivided. `batched_prefill`: a step of as many sessions, each with `PREFILL_TOKENS` tokens, divided by the
+    tokens of one of them. A model whose context is shorter is measured with as many tokens as it takes.
+    """
 
     unit_kind: str
     decode_nanoseconds: int
     prefill_nanoseconds: int
+    batched_decode_nanoseconds: int
+    batched_prefill_nanoseconds: int
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class LinkTiming:
-    """How far another node is: round trip of a small message in nanoseconds, throughput in bytes a second."""
+    """The way to another node: round trip of a small message in nanoseconds, and throughput to it in bytes a second."""
 
     node: ChecksumAddress
     round_trip_nanoseconds: int
@@ -48,7 +68,8 @@ class LinkTiming:
 
 @dataclass(frozen=True)
 class NodeMeasurements:
-    """One node's measurements for one model. Timings are sorted by kind, links by node; both without repetition.
+    """One node's measurements for one model. Timings are sorted by kind, links by node; both without repetition, and
+    no link leads to the node itself.
 
     `memory_bytes` is what the node gives to weights and caches, `measured_at` Unix seconds, `execution_class` 32 bytes
     (bsns.protocol.plan.execution_class_id). Raises ProtocolError for anything malformed, and says which part.
@@ -84,11 +105,13 @@ class NodeMeasurements:
                 raise ProtocolError(
                     f"unit kind {timing.unit_kind!r:.80} is not 1 to {MAXIMUM_UNIT_KIND_LENGTH} printable characters"
                 )
-            _require_uint64(timing.decode_nanoseconds, f"decode time of {timing.unit_kind!r}", minimum=1)
-            _require_uint64(timing.prefill_nanoseconds, f"prefill time of {timing.unit_kind!r}", minimum=1)
+            for field in fields(timing)[1:]:
+                _require_uint64(getattr(timing, field.name), f"{field.name} of {timing.unit_kind!r}", minimum=1)
         for link in self.links:
-            _require_uint64(link.round_trip_nanoseconds, f"round trip to {link.node}")
-            _require_uint64(link.bytes_per_second, f"throughput to {link.node}")
+            if link.node == self.node:
+                raise ProtocolError(f"measurements of {self.node} hold a link to the node itself")
+            _require_uint64(link.round_trip_nanoseconds, f"round trip to {link.node}", minimum=1)
+            _require_uint64(link.bytes_per_second, f"throughput to {link.node}", minimum=1)
         if len({timing.unit_kind for timing in self.unit_timings}) != len(self.unit_timings):
             raise ProtocolError("measurements time one unit kind twice")
         if len({link.node for link in self.links}) != len(self.links):
@@ -96,35 +119,53 @@ class NodeMeasurements:
 
     @property
     def content(self) -> bytes:
-        """Canonical encoding of what was measured: abi.encode(executionClass, memoryBytes, unitTimings, links)."""
+        """Canonical encoding of what was measured: abi.encode(executionClass, memoryBytes, kinds, times, links), where
+        the unit kinds are the lines of one string, with four times each; all in ascending order.
+        """
         return encode(
             _CONTENT_ABI,
             [
                 self.execution_class,
                 self.memory_bytes,
-                [(item.unit_kind, item.decode_nanoseconds, item.prefill_nanoseconds) for item in self.unit_timings],
-                [(item.node, item.round_trip_nanoseconds, item.bytes_per_second) for item in self.links],
+                "\n".join(item.unit_kind for item in self.unit_timings),
+                [astuple(item)[1:] for item in self.unit_timings],
+                [astuple(item) for item in self.links],
             ],
         )
+
+    @classmethod
+    def from_content(cls, model: ModelId, node: str | bytes, measured_at: int, content: bytes) -> NodeMeasurements:
+        """The inverse of `content`. ProtocolError for bytes that are malformed, beyond a limit, or not canonical."""
+        if len(content) > MAXIMUM_CONTENT_BYTES:
+            raise ProtocolError(
+                f"the content of measurements has {len(content)} bytes, at most {MAXIMUM_CONTENT_BYTES} are taken"
+            )
+        try:
+            execution_class, memory_bytes, kinds, times, links = decode(_CONTENT_ABI, content)
+        except (DecodingError, OverflowError, UnicodeDecodeError) as error:
+            raise ProtocolError(f"the content of measurements does not decode: {error}") from error
+        unit_kinds = kinds.split("\n")
+        if len(unit_kinds) != len(times):
+            raise ProtocolError(
+                f"the content of measurements names {len(unit_kinds)} unit kinds and times {len(times)}"
+            )
+        decoded = cls(
+            model=model,
+            node=address(node),
+            measured_at=measured_at,
+            execution_class=execution_class,
+            memory_bytes=memory_bytes,
+            unit_timings=tuple(UnitTiming(kind, *item) for kind, item in zip(unit_kinds, times, strict=True)),
+            links=tuple(LinkTiming(address(item[0]), *item[1:]) for item in links),
+        )
+        if decoded.content != content:
+            raise ProtocolError("the content of measurements is not in its canonical encoding")
+        return decoded
 
     @property
     def content_hash(self) -> bytes:
         """keccak256 of `content`, 32 bytes."""
         return keccak256(self.content)
-
-    @property
-    def leaf(self) -> bytes:
-        """This node's part of a set's hash: keccak256(abi.encode(modelId, node, contentHash, measuredAt))."""
-        return abi_hash(
-            ["bytes32", "address", "bytes32", "uint64"], [self.model, self.node, self.content_hash, self.measured_at]
-        )
-
-    def decode_nanoseconds(self, unit_kind: str) -> int:
-        """Time of one decoded token in a unit of `unit_kind`; ProtocolError if the node did not measure that kind."""
-        for timing in self.unit_timings:
-            if timing.unit_kind == unit_kind:
-                return timing.decode_nanoseconds
-        raise ProtocolError(f"node {self.node} did not measure units of kind {unit_kind!r}")
 
     def signing_digest(self, assignments: Domain) -> bytes:
         """The 32 bytes the node signs; `assignments` is `typed_data.assignments_domain`."""
@@ -147,6 +188,8 @@ class NodeMeasurements:
                     unit_kind=item.unit_kind,
                     decode_nanoseconds=item.decode_nanoseconds,
                     prefill_nanoseconds=item.prefill_nanoseconds,
+                    batched_decode_nanoseconds=item.batched_decode_nanoseconds,
+                    batched_prefill_nanoseconds=item.batched_prefill_nanoseconds,
                 )
                 for item in self.unit_timings
             ],
@@ -171,7 +214,13 @@ class NodeMeasurements:
             execution_class=bytes(message.execution_class),
             memory_bytes=message.memory_bytes,
             unit_timings=tuple(
-                UnitTiming(item.unit_kind, item.decode_nanoseconds, item.prefill_nanoseconds)
+                UnitTiming(
+                    item.unit_kind,
+                    item.decode_nanoseconds,
+                    item.prefill_nanoseconds,
+                    item.batched_decode_nanoseconds,
+                    item.batched_prefill_nanoseconds,
+                )
                 for item in message.unit_timings
             ),
             links=tuple(
@@ -179,20 +228,6 @@ class NodeMeasurements:
                 for item in message.links
             ),
         )
-
-
-def measurements_hash(measurements: Iterable[NodeMeasurements]) -> bytes:
-    """Hash of the set a plan was computed from: keccak256(abi.encode(leaves)), leaves in ascending order of the
-    node's address.
-
-    ProtocolError if the set is empty or holds a node twice.
-    """
-    ordered = sorted(measurements, key=lambda item: bytes.fromhex(item.node[2:]))
-    if not ordered:
-        raise ProtocolError("a plan is computed from the measurements of at least one node")
-    if len({item.node for item in ordered}) != len(ordered):
-        raise ProtocolError("a set of measurements holds one node twice")
-    return abi_hash(["bytes32[]"], [[item.leaf for item in ordered]])
 
 
 def _require_uint64(value: int, name: str, minimum: int = 0) -> None:

@@ -1,105 +1,87 @@
 """Measured time of one unit of each kind on this machine: the numbers a node reports and a planner plans with.
 
-Owns the measurement. Promises to end within about `time_limit` seconds after the weights are loaded and to report
-medians of real executions of the executor's own units, with a warm cache. Does not extrapolate to other kinds, machines
-or contexts.
+Owns the measurement. Promises medians of real executions of the executor's own units, with a warm cache where there is
+time for a second run, and to end within `time_limit` seconds and one run of each step, beside the loading of weights;
+one stage is loaded at a time, so that a model larger than the memory can be measured. Does not extrapolate to other
+kinds, machines or contexts.
 """
+
+from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import torch
-
-from bsns.protocol.manifest import UnitKind
-from bsns.runtime.executor import ExecutionError, StageExecutor
+from bsns.protocol.manifest import ModelManifest
+from bsns.protocol.measurements import BATCHED_SESSIONS, PREFILL_TOKENS, UnitTiming
+from bsns.runtime.executor import open_stage
 from bsns.runtime.weight_store import WeightStore
 
-PREFILL_TOKENS: Final = 64
-_MAXIMUM_SAMPLES: Final = 15
-
-
-@dataclass(frozen=True, slots=True)
-class UnitTiming:
-    """Seconds for one unit of `kind`: one decode step of one token, and one prefill step of `PREFILL_TOKENS` tokens
-    (whole step).
-    """
-
-    kind: UnitKind
-    decode_seconds: float
-    prefill_seconds: float
-    samples: int
+_MAXIMUM_SAMPLES: Final = 16
+# Equal units that run one after the other, so that the weights of each leave the cache between two uses.
+_UNIT_SAMPLE: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeProfile:
-    """What one machine measured about one model in one execution class."""
+    """What one machine measured about one model in one execution class; a timing for each timing key of its units."""
 
     manifest_hash: bytes
     execution_class: str
     threads: int
     timings: tuple[UnitTiming, ...]
 
-    def timing(self, kind: UnitKind) -> UnitTiming:
-        """The timing of `kind`; `ExecutionError` where it was not measured."""
-        for timing in self.timings:
-            if timing.kind == kind:
-                return timing
-        raise ExecutionError(f"no unit of kind {kind!r} was measured; profile a range that holds one")
 
+def measure(store: WeightStore, *, threads: int = 1, device: str = "cpu", time_limit: float = 1.5) -> RuntimeProfile:
+    """Times a unit of each timing key of the model, as `UnitTiming` defines it; what is left of `time_limit` seconds is
+    shared equally among what is still to be timed.
 
-def measure(
-    store: WeightStore, *, threads: int = 1, device: str = "cpu", block_sample: int = 4, time_limit: float = 1.5
-) -> RuntimeProfile:
-    """Times each unit kind of the model. `block_sample` blocks run together, so that their weights leave the cache
-    between two uses.
-
-    Seconds, medians; the first run of each is thrown away. Takes about `time_limit` seconds, plus loading.
+    Raises ExecutionError for a model that cannot run here, WeightStoreError for weights that are not the model's.
     """
-    units = store.manifest.units
-    first_block = 1
-    blocks = max(1, min(block_sample, len(units) - 2))
-    ranges: list[tuple[UnitKind, int, int]] = [("embedding", 0, 1), ("head", len(units) - 1, len(units))]
-    if len(units) > 2:
-        ranges.insert(1, ("block", first_block, first_block + blocks))
-    timings = []
-    execution_class = ""
-    for kind, first, end in ranges:
-        executor = StageExecutor(store, first, end, threads=threads, device=device)
+    manifest = store.manifest
+    prompt = max(1, min(PREFILL_TOKENS, manifest.context_limit - 1))
+    past = min(prompt, manifest.context_limit - 1)
+    # (sessions, new rows, rows before): of a model without a context a prompt is one row, and timed once.
+    steps = ((1, 1, past), (1, prompt, 0), (BATCHED_SESSIONS, 1, past), (BATCHED_SESSIONS, prompt, 0))
+    distinct = tuple(dict.fromkeys(steps))
+    ranges = _unit_ranges(manifest)
+    waiting = len(ranges) * len(distinct)
+    seconds_left = time_limit
+    timings, execution_class = [], ""
+    for key, (first, end) in ranges.items():
+        executor = open_stage(store, first, end, threads=threads, device=device)
         execution_class = executor.execution_class
-        # Blocks are most of a model: they get most of the time.
-        share = time_limit * (0.7 if kind == "block" else 0.15)
-        decode, prefill = _time_stage(executor, share)
-        count = end - first
-        timings.append(
-            UnitTiming(kind, statistics.median(decode) / count, statistics.median(prefill) / count, len(decode))
-        )
-    return RuntimeProfile(store.manifest.manifest_hash, execution_class, threads, tuple(timings))
+        taken: dict[tuple[int, int, int], float] = {}
+        for step in distinct:
+            sessions, rows, before = step
+            run = executor.rehearsal(batch=sessions, rows=rows, past=before)
+            started = time.perf_counter()
+            taken[step] = _median_nanoseconds(run, seconds_left / waiting) / (end - first) / rows
+            seconds_left -= time.perf_counter() - started
+            waiting -= 1
+        decode, prefill, batched_decode, batched_prefill = (max(1, round(taken[step])) for step in steps)
+        timings.append(UnitTiming(key, decode, prefill, batched_decode, batched_prefill))
+    return RuntimeProfile(manifest.manifest_hash, execution_class, threads, tuple(timings))
 
 
-def _time_stage(executor: StageExecutor, seconds: float) -> tuple[list[float], list[float]]:
-    manifest = executor.manifest
-    generator = torch.Generator().manual_seed(0)
-    prefill_tokens = min(PREFILL_TOKENS, manifest.context_limit - 1)
-    if executor.has_embedding:
-        rows = torch.randint(0, manifest.vocabulary_size, (prefill_tokens,), generator=generator)
-    else:
-        rows = torch.randn(prefill_tokens, manifest.hidden_size, generator=generator)
-    session = executor.new_session(prefill_tokens + 1)
+def _unit_ranges(manifest: ModelManifest) -> dict[str, tuple[int, int]]:
+    """For each timing key the first run of units that have it, cut off at `_UNIT_SAMPLE`: [first, end)."""
+    ranges: dict[str, tuple[int, int]] = {}
+    for unit in manifest.units:
+        first, end = ranges.get(unit.timing_key, (unit.index, unit.index))
+        if end == unit.index and end - first < _UNIT_SAMPLE:
+            ranges[unit.timing_key] = first, end + 1
+    return ranges
+
+
+def _median_nanoseconds(run: Callable[[], None], seconds: float) -> float:
+    """Median over runs within about `seconds`; at least one. The first of several is thrown away."""
     deadline = time.perf_counter() + seconds
-    decode: list[float] = []
-    prefill: list[float] = []
-    for sample in range(_MAXIMUM_SAMPLES + 1):
-        session.truncate(0)
-        started = time.perf_counter()
-        executor.forward(session, rows, position=0)
-        between = time.perf_counter()
-        executor.forward(session, rows[:1], position=prefill_tokens)
-        ended = time.perf_counter()
-        if sample > 0:
-            prefill.append(between - started)
-            decode.append(ended - between)
-            if ended > deadline:
-                break
-    return decode, prefill
+    samples: list[int] = []
+    while not samples or (len(samples) <= _MAXIMUM_SAMPLES and time.perf_counter() < deadline):
+        started = time.perf_counter_ns()
+        run()
+        samples.append(time.perf_counter_ns() - started)
+    return statistics.median(samples[1:] or samples)

@@ -70,27 +70,36 @@ Global___Measurements: _TypeAlias = Measurements  # noqa: Y015
 
 @_typing.final
 class UnitTiming(_message.Message):
-    """Nanoseconds one unit kind takes."""
+    """Nanoseconds that a shard unit takes, by the timing key of the manifest's units: alone, and with the steps of 8 sessions at once."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     UNIT_KIND_FIELD_NUMBER: _builtins.int
     DECODE_NANOSECONDS_FIELD_NUMBER: _builtins.int
     PREFILL_NANOSECONDS_FIELD_NUMBER: _builtins.int
+    BATCHED_DECODE_NANOSECONDS_FIELD_NUMBER: _builtins.int
+    BATCHED_PREFILL_NANOSECONDS_FIELD_NUMBER: _builtins.int
     unit_kind: _builtins.str
     decode_nanoseconds: _builtins.int
+    """A step of one session with one new token."""
     prefill_nanoseconds: _builtins.int
-    """Per token, in a prefill of 64."""
+    """A step of one session with a prompt of 64 tokens, divided by its tokens."""
+    batched_decode_nanoseconds: _builtins.int
+    """A step of 8 sessions, each with one new token: the whole step, not divided."""
+    batched_prefill_nanoseconds: _builtins.int
+    """A step of 8 sessions, each with a prompt of 64 tokens, divided by the tokens of one prompt."""
     def __init__(
         self,
         *,
         unit_kind: _builtins.str = ...,
         decode_nanoseconds: _builtins.int = ...,
         prefill_nanoseconds: _builtins.int = ...,
+        batched_decode_nanoseconds: _builtins.int = ...,
+        batched_prefill_nanoseconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_nanoseconds", b"decode_nanoseconds", "prefill_nanoseconds", b"prefill_nanoseconds", "unit_kind", b"unit_kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batched_decode_nanoseconds", b"batched_decode_nanoseconds", "batched_prefill_nanoseconds", b"batched_prefill_nanoseconds", "decode_nanoseconds", b"decode_nanoseconds", "prefill_nanoseconds", b"prefill_nanoseconds", "unit_kind", b"unit_kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -98,6 +107,8 @@ Global___UnitTiming: _TypeAlias = UnitTiming  # noqa: Y015
 
 @_typing.final
 class LinkTiming(_message.Message):
+    """The way from the node that measured to `node`, over the same kind of connection that activations take."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_FIELD_NUMBER: _builtins.int
@@ -105,7 +116,9 @@ class LinkTiming(_message.Message):
     BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     node: _builtins.bytes
     round_trip_nanoseconds: _builtins.int
+    """Median over several small messages, there and back."""
     bytes_per_second: _builtins.int
+    """Throughput of a message of several hundred kilobytes, sent to `node`."""
     def __init__(
         self,
         *,

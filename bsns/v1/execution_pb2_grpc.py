@@ -61,6 +61,11 @@ class ShardExecutionStub:
                 request_serializer=bsns_dot_v1_dot_execution__pb2.GetStageEvidenceRequest.SerializeToString,
                 response_deserializer=bsns_dot_v1_dot_execution__pb2.GetStageEvidenceResponse.FromString,
                 _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/bsns.v1.ShardExecution/Probe',
+                request_serializer=bsns_dot_v1_dot_execution__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=bsns_dot_v1_dot_execution__pb2.ProbeResponse.FromString,
+                _registered_method=True)
 
 
 class ShardExecutionServicer:
@@ -104,6 +109,14 @@ class ShardExecutionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Probe(self, request, context):
+        """Measures the link from a registered node, which proves itself in the metadata as for Forward. The answer is smaller than the question, and
+        nobody can give it who has not received the whole payload.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ShardExecutionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -131,6 +144,11 @@ def add_ShardExecutionServicer_to_server(servicer, server):
                     servicer.GetStageEvidence,
                     request_deserializer=bsns_dot_v1_dot_execution__pb2.GetStageEvidenceRequest.FromString,
                     response_serializer=bsns_dot_v1_dot_execution__pb2.GetStageEvidenceResponse.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=bsns_dot_v1_dot_execution__pb2.ProbeRequest.FromString,
+                    response_serializer=bsns_dot_v1_dot_execution__pb2.ProbeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -270,6 +288,33 @@ class ShardExecution:
             '/bsns.v1.ShardExecution/GetStageEvidence',
             bsns_dot_v1_dot_execution__pb2.GetStageEvidenceRequest.SerializeToString,
             bsns_dot_v1_dot_execution__pb2.GetStageEvidenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bsns.v1.ShardExecution/Probe',
+            bsns_dot_v1_dot_execution__pb2.ProbeRequest.SerializeToString,
+            bsns_dot_v1_dot_execution__pb2.ProbeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,10 @@ class ShardExecutionStub:
     """End a session early (sent to stage 0, which passes the end on)."""
     GetStageEvidence: _grpc.UnaryStreamMultiCallable[_execution_pb2.GetStageEvidenceRequest, _execution_pb2.GetStageEvidenceResponse]
     """What a committee member needs to re-execute a stage, or the digests alone for the requester's record."""
+    Probe: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ProbeRequest, _execution_pb2.ProbeResponse]
+    """Measures the link from a registered node, which proves itself in the metadata as for Forward. The answer is smaller than the question, and
+    nobody can give it who has not received the whole payload.
+    """
 
 @_typing.type_check_only
 class ShardExecutionAsyncStub(ShardExecutionStub):
@@ -67,6 +71,10 @@ class ShardExecutionAsyncStub(ShardExecutionStub):
     """End a session early (sent to stage 0, which passes the end on)."""
     GetStageEvidence: _aio.UnaryStreamMultiCallable[_execution_pb2.GetStageEvidenceRequest, _execution_pb2.GetStageEvidenceResponse]  # type: ignore[assignment]
     """What a committee member needs to re-execute a stage, or the digests alone for the requester's record."""
+    Probe: _aio.UnaryUnaryMultiCallable[_execution_pb2.ProbeRequest, _execution_pb2.ProbeResponse]  # type: ignore[assignment]
+    """Measures the link from a registered node, which proves itself in the metadata as for Forward. The answer is smaller than the question, and
+    nobody can give it who has not received the whole payload.
+    """
 
 class ShardExecutionServicer(metaclass=_abc_1.ABCMeta):
     """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token to
@@ -114,5 +122,15 @@ class ShardExecutionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_execution_pb2.GetStageEvidenceResponse], _abc.AsyncIterator[_execution_pb2.GetStageEvidenceResponse]]:
         """What a committee member needs to re-execute a stage, or the digests alone for the requester's record."""
+
+    @_abc_1.abstractmethod
+    def Probe(
+        self,
+        request: _execution_pb2.ProbeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_execution_pb2.ProbeResponse, _abc.Awaitable[_execution_pb2.ProbeResponse]]:
+        """Measures the link from a registered node, which proves itself in the metadata as for Forward. The answer is smaller than the question, and
+        nobody can give it who has not received the whole payload.
+        """
 
 def add_ShardExecutionServicer_to_server(servicer: ShardExecutionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -143,3 +143,40 @@ async def test_node_attaches_reports_and_consents_only_to_what_it_can_do(tmp_pat
         await coordinator.outbox.put(coordination_pb2.AttachResponse(challenge=coordination_pb2.Challenge(nonce=nonce)))
         await coordinator.next("hello")
         assert coordinator.attached == 2
+
+
+async def test_node_reports_its_links_when_another_node_joins_and_signs_them_anew(tmp_path: Path) -> None:
+    async with running_network(tmp_path) as network:
+        coordinators = [ScriptedCoordinator(), ScriptedCoordinator()]
+        nodes = []
+        for name, coordinator in zip("ab", coordinators, strict=True):
+            server = grpc.aio.server()
+            coordination_pb2_grpc.add_NodeCoordinationServicer_to_server(coordinator, server)
+            port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+            network.stack.push_async_callback(server.stop, 0)
+            challenge = coordination_pb2.Challenge(nonce=secrets.token_bytes(32))
+            await coordinator.outbox.put(coordination_pb2.AttachResponse(challenge=challenge))
+            _, ready = await network.start_node(
+                name, coordinator=f"127.0.0.1:{port}", profile_seconds=0.1, link_report_seconds=0.1
+            )
+            nodes.append(ready.node)
+            welcome = coordination_pb2.Welcome(heartbeat_interval_milliseconds=1_000, model_ids=[network.model_id])
+            await coordinator.outbox.put(coordination_pb2.AttachResponse(welcome=welcome))
+            if name == "a":
+                alone = NodeMeasurements.from_message(await coordinator.next("measurements"))
+                assert alone.links == ()
+        reports = []
+        for node, other, coordinator in zip(nodes, reversed(nodes), coordinators, strict=True):
+            measured = alone
+            while not measured.links:
+                message = await coordinator.next("measurements")
+                measured = NodeMeasurements.from_message(message)
+                assert measured.is_signed(network.domains.assignments, message.signature)
+            [link] = measured.links
+            assert (measured.node, link.node) == (node, other)
+            assert link.round_trip_nanoseconds < 10**9
+            reports.append(measured)
+        # The units of the first were timed once: only its link is new.
+        assert reports[0].unit_timings == alone.unit_timings
+        assert reports[0].measured_at >= alone.measured_at

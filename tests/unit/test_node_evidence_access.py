@@ -62,6 +62,7 @@ async def may_see(tmp_path: Path, caller: KeySigner, seats: set[int], *, stage: 
         cast("Any", None),
         cast("Any", None),
         cast("Any", SimpleNamespace(sealed_stage=lambda *_: recorded)),
+        cast("Any", None),
         clock=lambda: NOW,
     )
     digest = signing_digest(DOMAINS.verification, EVIDENCE_QUERY, (REQUEST, stage, NOW + 60))
