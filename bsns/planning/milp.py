@@ -1,0 +1,252 @@
+"""The partition problem as a mixed-integer linear programme, for small instances.
+
+Owns the exact formulation that serves as a baseline and, with HiGHS's dual bound, as a certificate that also holds when
+time runs out. Takes one node a stage over links that are all alike; says so otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from bsns.planning import slice_graph
+from bsns.planning.ideals import GraphArrays
+from bsns.planning.problem import SECOND_NS, Link, Objective, Partition, PlanningError, Problem, evaluate
+
+_SCALE: Final = 1_000.0
+"""The value of the plan that is known, in the programme's units: HiGHS's tolerances are absolute."""
+_TOLERANCE: Final = 1e-5
+"""Share of the value by which a dual bound is lowered, for HiGHS's tolerances."""
+
+
+def solve(problem: Problem, *, time_limit_s: float) -> Partition:
+    """The optimum, or the better of HiGHS's best and plain slicing when time runs out; its bound is the dual bound.
+
+    Dual bounds depend on the time that HiGHS had. PlanningError if stages need replicas, links differ, or no partition
+    was found.
+    """
+    if problem.terms.replicas > 1 or problem.links.measured:
+        raise PlanningError("the integer programme takes one node a stage and links that are all alike: use genetic")
+    programme = _Programme(problem)
+    try:
+        known: Partition | None = slice_graph.solve(problem)
+    except PlanningError:
+        known = None
+    return programme.solve(known, time_limit_s)
+
+
+class _Programme:
+    """Variables: X(v, j) = 1 if operator v is in one of the stages 0 to j; z(j, m) = 1 if stage j is on node m; c(j),
+    the cost of stage j; r(j) and s(j), what it receives and sends in nanoseconds; and the objective t.
+
+    X rises with j and falls along edges, X(v, k-1) = 1. RELAYED: h(i, j) >= X(producer, j) - X(reader, j) is 1 if tensor
+    i crosses the cut after stage j. DIRECT, with x(v, j) = X(v, j) - X(v, j-1): it is received if x(reader, j) -
+    x(producer, j) = 1 for a reader, and sent if the opposite. c(j) is bound from below for each node m by the time on m,
+    less a number so large that it does not count where z(j, m) = 0. The largest such time is the whole model's on m.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._arrays = GraphArrays.of(problem.graph, problem.terms.transfers)
+        self._stages = problem.maximum_stages
+        self._upper: list[float] = []
+        self._whole: list[bool] = []
+        self._rows: list[tuple[list[int], list[float], float]] = []
+        self._x = [[self._variable(1, True) for _ in range(self._stages)] for _ in range(self._arrays.count)]
+        self._z = [[self._variable(1, True) for _ in problem.nodes] for _ in range(self._stages)]
+        self._unit = 1.0
+        self._order()
+        self._nodes()
+
+    def _variable(self, upper: float = math.inf, whole: bool = False) -> int:
+        self._upper.append(upper)
+        self._whole.append(whole)
+        return len(self._upper) - 1
+
+    def _at_least(self, least: float, *terms: tuple[int, float]) -> None:
+        self._rows.append(([item for item, _ in terms], [factor for _, factor in terms], least))
+
+    def _in_stage(self, operator: int, stage: int, factor: float) -> list[tuple[int, float]]:
+        """factor · x(v, j)."""
+        row = self._x[operator]
+        return [(row[stage], factor)] + ([(row[stage - 1], -factor)] if stage else [])
+
+    def _order(self) -> None:
+        terms = self._problem.terms
+        for operator, row in enumerate(self._x):
+            self._at_least(1, (row[-1], 1))
+            for earlier, later in zip(row, row[1:]):
+                self._at_least(0, (later, 1), (earlier, -1))
+            before = set(self._arrays.predecessors[operator])
+            if not terms.free_order and operator:
+                before.add(operator - 1)
+            for predecessor in before:
+                for ours, theirs in zip(row, self._x[predecessor]):
+                    self._at_least(0, (theirs, 1), (ours, -1))
+        if terms.stage_count is not None:
+            for stage in range(self._stages):
+                self._at_least(1, *(item for v in range(self._arrays.count) for item in self._in_stage(v, stage, 1)))
+
+    def _nodes(self) -> None:
+        for row in self._z:
+            self._at_least(1, *((item, 1) for item in row))
+        for column in zip(*self._z):
+            self._at_least(-1, *((item, -1) for item in column))
+
+    # ------------------------------------------------------------------------------------------------------- costs
+
+    def _memory(self, stage: int) -> int | None:
+        """The variable that is the bytes stage j needs, in units of the whole model's; None if every node holds it."""
+        problem = self._problem
+        whole = problem.stage_memory(range(self._arrays.count))
+        if all(node.memory_bytes >= whole for node in problem.nodes):
+            return None
+        need, peak = self._variable(), self._variable()
+        held: dict[int, int] = {}
+        caches: list[tuple[int, float]] = []
+        for number, operator in enumerate(problem.graph.operators):
+            for parameter in operator.parameters:
+                if parameter not in held:
+                    held[parameter] = self._variable(1)
+                self._at_least(0, (held[parameter], 1), *self._in_stage(number, stage, -1))
+            self._at_least(0, (peak, 1), *self._in_stage(number, stage, -operator.peak_bytes / whole))
+            if problem.cache_bytes[number]:
+                caches += self._in_stage(number, stage, -problem.cache_bytes[number] / whole)
+        weights = [(item, -problem.graph.parameters[parameter].size_bytes / whole) for parameter, item in held.items()]
+        self._at_least(0, (need, 1), (peak, -1), *weights, *caches)
+        return need
+
+    def _costs(self) -> list[int]:
+        """c(j) of every stage, in units of `_unit` nanoseconds."""
+        problem = self._problem
+        throughput = problem.objective is Objective.THROUGHPUT
+        whole = problem.stage_memory(range(self._arrays.count))
+        received, sent = self._transfers()
+        costs = []
+        for stage in range(self._stages):
+            cost, need = self._variable(), self._memory(stage)
+            moved = [(received[stage], -1.0)] + ([(sent[stage], -1.0)] if throughput else [])
+            for number, node in enumerate(problem.nodes):
+                times = problem.times[number] / self._unit
+                large = float(times.sum())
+                computed = [item for v in range(len(times)) for item in self._in_stage(v, stage, -float(times[v]))]
+                chosen = self._z[stage][number]
+                self._at_least(-large, (cost, 1), (chosen, -large), *computed, *moved)
+                beyond = (whole - node.memory_bytes) / whole
+                if need is not None and beyond > 0:
+                    if not node.host_bytes_per_second:
+                        self._at_least(beyond - 1 - beyond, (need, -1), (chosen, -beyond))
+                        continue
+                    rate = whole * SECOND_NS / node.host_bytes_per_second / self._unit
+                    large += rate * beyond
+                    least = -large - rate * node.memory_bytes / whole
+                    self._at_least(least, (cost, 1), (chosen, -large), (need, -rate), *computed, *moved)
+            costs.append(cost)
+        return costs
+
+    def _transfers(self) -> tuple[list[int], list[int]]:
+        """r(j) and s(j) of every stage."""
+        arrays, last = self._arrays, self._stages - 1
+        link = self._problem.links.prior or Link(0, 1)
+        received = [self._variable() for _ in range(self._stages)]
+        sent = [self._variable() for _ in range(self._stages)]
+        rate = SECOND_NS / link.bytes_per_second / self._unit
+        latency = link.latency_ns / self._unit
+        forbidden = self._problem.links.prior is None
+
+        def total(target: int, crossing: list[int]) -> None:
+            if forbidden:
+                for item in crossing:
+                    self._upper[item] = 0.0
+            weights = [(item, -rate * float(size)) for item, size in zip(crossing, arrays.sizes)]
+            if latency and crossing:
+                some = self._variable(1, True)
+                weights.append((some, -latency))
+                for item in crossing:
+                    self._at_least(0, (some, 1), (item, -1))
+            self._at_least(0, (target, 1), *weights)
+
+        for stage in range(self._stages):
+            ins = [self._variable(1) for _ in arrays.sizes]
+            outs = ins if arrays.relayed else [self._variable(1) for _ in arrays.sizes]
+            for tensor, (producer, readers) in enumerate(zip(arrays.producers, arrays.consumers)):
+                for reader in readers:
+                    if arrays.relayed:
+                        crossing = [(self._x[producer][stage], -1.0), (self._x[reader][stage], 1.0)]
+                        self._at_least(0, (ins[tensor], 1), *crossing)
+                        continue
+                    made, read = self._in_stage(int(producer), stage, 1), self._in_stage(reader, stage, 1)
+                    self._at_least(0, (ins[tensor], 1), *made, *((item, -factor) for item, factor in read))
+                    self._at_least(0, (outs[tensor], 1), *read, *((item, -factor) for item, factor in made))
+            if not arrays.relayed:
+                total(received[stage], ins)
+                total(sent[stage], outs)
+            elif stage < last:
+                total(sent[stage], outs)
+                self._at_least(0, (received[stage + 1], 1), (sent[stage], -1))
+        return received, sent
+
+    # ----------------------------------------------------------------------------------------------------- solving
+
+    def solve(self, known: Partition | None, time_limit_s: float) -> Partition:
+        problem = self._problem
+        if known is None:
+            reference = float(problem.times.sum(axis=1).max())
+        else:
+            reference = float(known.value_ns)
+        self._unit = max(1.0, reference) / _SCALE
+        costs = self._costs()
+        objective = self._variable()
+        if problem.objective is Objective.THROUGHPUT:
+            for cost in costs:
+                self._at_least(0, (objective, 1), (cost, -1))
+        else:
+            self._at_least(0, (objective, 1), *((cost, -1.0) for cost in costs))
+        starts = np.cumsum([0, *(len(columns) for columns, _, _ in self._rows)])
+        matrix = csr_array(
+            (
+                np.concatenate([factors for _, factors, _ in self._rows]),
+                np.concatenate([columns for columns, _, _ in self._rows]),
+                starts,
+            ),
+            shape=(len(self._rows), len(self._upper)),
+        )
+        goal = np.zeros(len(self._upper))
+        goal[objective] = 1
+        result = milp(
+            goal,
+            integrality=np.array(self._whole, dtype=np.int64),
+            bounds=Bounds(0, np.array(self._upper)),
+            constraints=LinearConstraint(matrix, np.array([least for _, _, least in self._rows]), np.inf),
+            options={"time_limit": time_limit_s, "mip_rel_gap": 1e-6},
+        )
+        found = self._partition(result.x) if result.x is not None else None
+        if found is not None and (known is None or found.value_ns < known.value_ns):
+            known = found
+        if known is None:
+            raise problem.infeasible()
+        bound = known.lower_bound_ns
+        if result.mip_dual_bound is not None:
+            dual = math.ceil(float(result.mip_dual_bound) * self._unit * (1 - _TOLERANCE) - 1e-6 * _SCALE)
+            if dual > bound:
+                return replace(known, lower_bound_ns=min(dual, known.value_ns), bound="milp")
+        return known
+
+    def _partition(self, solution: np.typing.NDArray[np.float64]) -> Partition | None:
+        problem = self._problem
+        chain = np.array([[solution[item] > 0.5 for item in row] for row in self._x]).T
+        sizes = [0, *chain.sum(1).tolist()]
+        nodes = [problem.nodes[int(np.argmax([solution[item] for item in row]))] for row in self._z]
+        stages = [(a, b, (node,)) for a, b, node in zip(sizes, sizes[1:], nodes) if a < b]
+        bound, name = slice_graph.lower_bound(problem)
+        try:
+            return evaluate(
+                problem, self._arrays.stage_order(chain), stages, lower_bound_ns=bound, bound=name, solver="milp"
+            )
+        except PlanningError:
+            return None

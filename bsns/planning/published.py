@@ -1,0 +1,52 @@
+"""A plan from its planning record: the one function that the publisher runs before and every auditor after.
+
+Owns which planner the name in a record stands for. Promises the same partition for the same record and manifest on any
+machine: integers throughout, a seed, and no deadline. Does not publish and does not judge measurements.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from bsns.planning import partition
+from bsns.planning.measured import planning_links, planning_node
+from bsns.planning.problem import Link, Objective, Partition, PlanningError, Terms, Transfers
+from bsns.protocol.manifest import ModelManifest
+from bsns.protocol.model_graph import ModelGraph
+from bsns.protocol.planning_record import PlanningRecord
+
+PLANNER: Final = "bsns.planning"
+PLANNER_VERSION: Final = 1
+"""Counts up with every change by which equal inputs could give another plan: old plans need the old release."""
+
+
+def plan_of_record(record: PlanningRecord, manifest: ModelManifest) -> Partition:
+    """The partition that `record` gives for the model of `manifest`.
+
+    PlanningError if there is none, or if the record is of a planner that this release does not have.
+    """
+    if (record.planner, record.planner_version) != (PLANNER, PLANNER_VERSION):
+        raise PlanningError(
+            f"the record is of planner {record.planner} version {record.planner_version}, this release has {PLANNER} "
+            f"version {PLANNER_VERSION}: take the release that published the plan"
+        )
+    try:
+        objective, transfers = Objective(record.objective), Transfers(record.transfers)
+    except ValueError as error:
+        raise PlanningError(f"the record names what this planner does not know: {error}") from error
+    measured = [item.measurements for item in record.measurements]
+    return partition(
+        ModelGraph.of_manifest(manifest),
+        [planning_node(item, batch=record.batch) for item in measured],
+        planning_links(measured, prior=Link(record.prior_latency_ns, record.prior_bytes_per_second)),
+        objective,
+        terms=Terms(
+            replicas=record.replicas,
+            stage_count=record.stage_count,
+            spread_leftover=record.spread_leftover,
+            concurrent_sessions=record.concurrent_sessions,
+            session_tokens=min(record.session_tokens, manifest.context_limit),
+            transfers=transfers,
+        ),
+        seed=record.seed,
+    )

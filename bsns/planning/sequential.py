@@ -1,0 +1,289 @@
+"""BSNS placement: the partition of a model whose units have one order, over nodes of any kind (paper §1.3, §4 row 4).
+
+Owns the recursion of the paper as a fast start, the choice between the exact dynamic programme and the search over
+orders, and what nodes do that no stage needs. Promises a partition that is never worse than the recursion's, the
+optimum where `EXACT_WORK` allows the dynamic programme, and a proven lower bound. Does not take graphs with several
+orders.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+
+from bsns.planning import chain_bound, exact_chain
+from bsns.planning.chain import NEVER, Chain
+from bsns.planning.exact_chain import ExactChain, Stages
+from bsns.planning.order_search import OrderSearch
+from bsns.planning.problem import Objective, Partition, PlanningError, Problem, evaluate
+
+EXACT_WORK: Final = 20_000_000
+"""Table cells up to which one pass of the exact dynamic programme is taken: below a second on one core."""
+_STAGE_COUNTS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of stages that are tried with replicas of every stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecursionWeights:
+    """w1 to w3 of h_u (paper §1.3): what link, compute and overflow time count in the choice of the next node."""
+
+    link: int = 1
+    compute: int = 1
+    overflow: int = 1
+
+
+DEFAULT_WEIGHTS: Final = RecursionWeights()
+
+
+def solve(
+    problem: Problem, *, seed: int = 0, deadline_s: float | None = None, exact_work: int = EXACT_WORK
+) -> Partition:
+    """The best partition found; `solver` says whether the exact programme or the search over orders answered.
+
+    `exact_work` 0 leaves the exact programme out. PlanningError if no partition is found; where the exact programme was
+    within reach there is none.
+    """
+    chain = Chain(problem)
+    end = None if deadline_s is None else time.monotonic() + deadline_s
+    run = _Run(chain, seed, lambda: end is not None and time.monotonic() >= end, exact_work)
+    return run.latency() if problem.objective is Objective.LATENCY else run.throughput()
+
+
+def recursion(problem: Problem, weights: RecursionWeights = DEFAULT_WEIGHTS) -> Partition | None:
+    """BSNS's recursive assignment (paper §1.3): unit by unit, the node with the least h_u given the path so far.
+
+    h_u(n, b | path) = w1 * transfer from the last node + w2 * (queue(n) + time of b on n) + w3 * overflow of b on n,
+    where queue(n) is what n already computes for this row; a node that the path has left does not come back. Only nodes
+    that leave enough memory for the units behind are candidates. None if the recursion runs into a dead end. Terms for
+    one replica; others give None.
+    """
+    stages = _recursion(Chain(problem), weights)
+    return None if stages is None else _evaluate(problem, stages, 0, "none", "recursion")
+
+
+class _Run:
+    """One planning run over the tables of one chain."""
+
+    def __init__(self, chain: Chain, seed: int, late: Callable[[], bool], exact_work: int) -> None:
+        self._chain = chain
+        self._problem = chain.problem
+        self._seed = seed
+        self._late = late
+        self._exact = exact_chain.work(chain) <= exact_work
+
+    def latency(self) -> Partition:
+        problem, chain = self._problem, self._chain
+        bound = chain_bound.walk(chain, exclusive=False)
+        if bound is None:
+            raise problem.infeasible()
+        lower, argument = bound[0], chain_bound.WALK
+        relaxed = self._accept([bound[1]])  # a walk that uses no node twice is a partition
+        if relaxed is not None and self._value(relaxed) == lower:
+            return self._finish(relaxed, lower, argument, "sequential: shortest walk")
+        if self._exact:
+            best = ExactChain(chain).least_latency()
+            if best is None:
+                raise problem.infeasible()
+            return self._finish(best, self._value(best), "exact dynamic programme", "sequential: exact")
+        walk = chain_bound.walk(chain, exclusive=True)
+        search = OrderSearch(chain, seed=self._seed, value=self._value, tick=self._late)
+        filled, _ = search.best(self._first_orders(), lambda value: value)
+        best = self._accept([walk[1] if walk is not None else None, filled, _recursion(chain, DEFAULT_WEIGHTS)])
+        if best is None:
+            raise problem.infeasible()
+        return self._finish(best, lower, argument, "sequential: walk")
+
+    def throughput(self) -> Partition:
+        problem, chain = self._problem, self._chain
+        search = OrderSearch(chain, seed=self._seed, value=self._value, tick=self._late)
+        bounds: dict[str, tuple[int, str]] = {}
+
+        def bound(value: int) -> int:
+            bounds["found"] = chain_bound.lower_bound(chain, value)
+            return bounds["found"][0]
+
+        found, _ = search.best(self._first_orders(), bound)
+        best = self._accept([found, _recursion(chain, DEFAULT_WEIGHTS)])
+        if best is not None:
+            best = self._spread(best)
+        if problem.terms.spread_leftover and problem.terms.maximum_assignments > problem.terms.replicas:
+            best = self._accept([best, *(self._replicated(count) for count in _STAGE_COUNTS)])
+        if best is None and not self._exact:
+            raise problem.infeasible()
+        lower, argument = (0, "")
+        if best is not None:
+            lower, argument = chain_bound.lower_bound(chain, self._value(best))
+            if lower == self._value(best) or not self._exact or self._late():
+                return self._finish(best, lower, argument, "sequential: order search")
+        return self._exactly(best, lower)
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _exactly(self, best: Stages | None, lower: int) -> Partition:
+        """The optimum, by bisection between `lower` and the value of `best`."""
+        programme = ExactChain(self._chain)
+        if best is None:
+            best = programme.within(NEVER // 4)
+            if best is None:
+                raise self._problem.infeasible()
+        high = self._value(best)
+        probe = high - 1  # what the search found is often the optimum: ask that first
+        while lower < high:
+            if self._late():
+                return self._finish(
+                    best, lower, "exact dynamic programme, cut short", "sequential: exact until deadline"
+                )
+            found = programme.within(probe)
+            if found is None:
+                lower = probe + 1
+            else:
+                high = probe
+                if self._value(found) < self._value(best):
+                    best = found
+                high = min(high, self._value(best))
+            probe = (lower + high) // 2
+        return self._finish(best, lower, "exact dynamic programme", "sequential: exact")
+
+    def _first_orders(self) -> list[list[int]]:
+        stages = _recursion(self._chain, DEFAULT_WEIGHTS)
+        if stages is None:
+            return []
+        used = [node for _, _, nodes in stages for node in nodes]
+        return [used + [node for node in range(self._chain.nodes) if node not in used]]
+
+    def _value(self, stages: Stages) -> int:
+        return _evaluate(self._problem, stages, 0, "", "").value_ns
+
+    def _accept(self, candidates: Sequence[Stages | None]) -> Stages | None:
+        """The best of those that are partitions."""
+        best: tuple[int, Stages] | None = None
+        for stages in candidates:
+            if stages is None:
+                continue
+            try:
+                value = self._value(stages)
+            except PlanningError:
+                continue
+            if best is None or value < best[0]:
+                best = (value, stages)
+        return None if best is None else best[1]
+
+    def _spread(self, stages: Stages) -> Stages:
+        """Nodes without a stage join the slowest one that they can, fastest node first, if that makes no plan worse."""
+        terms = self._problem.terms
+        used = {node for _, _, nodes in stages for node in nodes}
+        left = [int(node) for node in np.argsort(self._chain.prefix[:, -1], kind="stable") if int(node) not in used]
+        if not terms.spread_leftover:
+            return stages
+        value = self._value(stages)
+        for node in left:
+            if len(used) == terms.maximum_assignments or self._late():
+                break
+            planned = _evaluate(self._problem, stages, 0, "", "").stages
+            for number in sorted(range(len(stages)), key=lambda item: -planned[item].effective_ns)[:_TRIED]:
+                first, end, nodes = stages[number]
+                joined = [*stages[:number], (first, end, (*nodes, node)), *stages[number + 1 :]]
+                found = self._accept([joined])
+                if found is not None and self._value(found) <= value:
+                    stages, value = found, self._value(found)
+                    used.add(node)
+                    break
+        return stages
+
+    def _replicated(self, count: int) -> Stages | None:
+        """`count` stages of equal work; each node joins the slowest stage it fits. None if a stage gets too few."""
+        chain, terms = self._chain, self._problem.terms
+        if count > self._problem.maximum_stages or terms.stage_count not in (None, count):
+            return None
+        mean = chain.prefix.mean(axis=0)
+        cuts = [0, *np.searchsorted(mean, [mean[-1] * part / count for part in range(1, count)]).tolist(), chain.units]
+        if any(first >= end for first, end in pairwise(cuts)):
+            return None
+        rate = [0.0] * count
+        members: list[list[int]] = [[] for _ in range(count)]
+        # Nodes that fit few stages choose first.
+        fits = [
+            [number for number in range(count) if chain.reach[node, cuts[number]] >= cuts[number + 1]]
+            for node in range(chain.nodes)
+        ]
+        for node in sorted(range(chain.nodes), key=lambda item: (len(fits[item]), int(chain.prefix[item, -1])))[
+            : terms.maximum_assignments
+        ]:
+            if fits[node]:
+                number = min(fits[node], key=lambda item: (len(members[item]) >= terms.replicas, rate[item]))
+                time = int(chain.prefix[node, cuts[number + 1]] - chain.prefix[node, cuts[number]])
+                rate[number] += 1 / max(time, 1)
+                members[number].append(node)
+        return [(cuts[number], cuts[number + 1], tuple(members[number])) for number in range(count)]
+
+    def _finish(self, stages: Stages, lower: int, bound: str, solver: str) -> Partition:
+        if self._problem.objective is Objective.LATENCY:
+            stages = self._spread(stages)
+        return _evaluate(self._problem, stages, lower, bound, solver)
+
+
+_TRIED: Final = 4
+"""Stages that a node without one is offered to."""
+
+
+def _recursion(chain: Chain, weights: RecursionWeights) -> Stages | None:
+    problem, n = chain.problem, chain.units
+    if problem.terms.replicas != 1 or problem.terms.stage_count is not None:
+        return None
+    stages: Stages = []
+    free = np.ones(chain.nodes, dtype=bool)
+    current, first = -1, 0
+    queue = 0
+    hard = not chain.host.any()
+    for unit in range(n):
+        best: tuple[int, int] | None = None
+        behind = int(chain.memory[unit, n])
+        for node in range(chain.nodes):
+            if node != current and not free[node]:
+                continue
+            begin = first if node == current else unit
+            if chain.reach[node, begin] < unit + 1:
+                continue
+            others = free.copy()
+            others[node] = False
+            room = int(chain.room[others].sum()) + int(chain.room[node] - chain.memory[begin, unit])
+            if hard and room < behind:
+                continue
+            link = 0
+            if node != current and current >= 0:
+                link = int(chain.transfers(int(chain.cuts[unit]))[current, node])
+                if link >= NEVER or len(stages) + 2 > problem.maximum_stages:
+                    continue
+            overflow = 0
+            if chain.host[node]:
+                overflow = int(chain.overflowing(node, unit + 1)[begin] - chain.prefix[node, unit + 1])
+                overflow += int(chain.prefix[node, begin])
+            compute = int(problem.times[node, unit]) + (queue if node == current else 0)
+            cost = weights.link * link + weights.compute * compute + weights.overflow * overflow
+            if best is None or cost < best[0]:
+                best = (cost, node)
+        if best is None:
+            return None
+        if best[1] != current:
+            if current >= 0:
+                stages.append((first, unit, (current,)))
+            current, first, queue = best[1], unit, 0
+            free[current] = False
+        queue += int(problem.times[current, unit])
+    return [*stages, (first, n, (current,))]
+
+
+def _evaluate(problem: Problem, stages: Stages, lower: int, bound: str, solver: str) -> Partition:
+    return evaluate(
+        problem,
+        range(len(problem.graph.operators)),
+        [(first, end, tuple(problem.nodes[node] for node in nodes)) for first, end, nodes in stages],
+        lower_bound_ns=lower,
+        bound=bound,
+        solver=solver,
+    )
