@@ -7,6 +7,9 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DELETE_ON_ERROR:
 
 # Settings a caller may give: make demo PROMPT='Why is the sky blue?' MAX_TOKENS=64
+# A vision model through the same network: make demo MODEL=efficientnet-lite0 (IMAGE=photo.jpg)
+MODEL       ?= smollm2-135m-instruct
+IMAGE       ?=
 PROMPT      ?= What is the capital of France, and what is it known for?
 MAX_TOKENS  ?= 32
 NODES       ?= 4
@@ -20,7 +23,9 @@ PYTHON      ?= $(shell command -v python3.11 || command -v python3.12 || command
 
 # The text of a setting reaches the program as it was typed: it is exported by its value, never pasted into a recipe,
 # and never expanded by make, so that quotes, dollars and backticks in it are harmless.
-unexport PROMPT MAX_TOKENS NODES SEED KEEP
+unexport MODEL IMAGE PROMPT MAX_TOKENS NODES SEED KEEP
+export BSNS_DEMO_MODEL      = $(value MODEL)
+export BSNS_DEMO_IMAGE      = $(value IMAGE)
 export BSNS_DEMO_PROMPT     = $(value PROMPT)
 export BSNS_DEMO_MAX_TOKENS = $(value MAX_TOKENS)
 export BSNS_DEMO_NODES      = $(value NODES)
@@ -52,7 +57,7 @@ ARTIFACTS_STAMP := build/.compiled-contracts
 SOLIDITY        := $(wildcard contracts/*.sol contracts/*/*.sol)
 SLITHER_STAMP   := build/venv-slither/.installed
 
-.PHONY: help setup contracts proto model demo test test-contracts test-python bench-sketch devnet fmt slither clean \
+.PHONY: help setup contracts proto model demo test test-contracts test-python bench-sketch bench-planner describe devnet fmt slither clean \
 	check check-ruff check-format check-types check-imports check-proto check-contracts
 
 help: ## list the targets
@@ -123,8 +128,11 @@ proto: setup ## regenerate bsns/v1 from proto/bsns/v1
 	@touch bsns/v1/__init__.py
 	@echo '>> bsns/v1'; ls bsns/v1 | sed 's/^/   /'
 
-model: setup ## prepare the embedded language model in the cache (again: instant)
-	@$(PY) -m bsns.runtime.prepare
+model: setup ## prepare MODEL in the cache (again: instant)
+	@$(PY) -m bsns.runtime.prepare --model "$$BSNS_DEMO_MODEL"
+
+describe: model ## the graph of MODEL, its cuts and their costs
+	@.venv/bin/bsns model "$$BSNS_DEMO_MODEL"
 
 devnet: setup contracts model ## a local network that runs until Ctrl-C, with what to type to use it
 	@.venv/bin/bsns-coordinator devnet
@@ -171,6 +179,9 @@ check-contracts: setup
 
 bench-sketch: model ## how far honest executions and cheats lie apart; writes benchmarks/results/sketch_separation.json
 	@$(PY) -m benchmarks.sketch_separation
+
+bench-planner: setup ## plans against optima, bounds and baselines; writes benchmarks/results/planner.json and docs/figures/planner-*.png
+	@$(PY) -m benchmarks.planner
 
 fmt: setup ## format Python and Solidity in place
 	@.venv/bin/ruff check --fix-only --quiet .

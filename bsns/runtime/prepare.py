@@ -270,6 +270,8 @@ _SOURCES: Final = {
         ModelSource(
             name="efficientnet-lite0",
             write=_write_efficientnet,
+            expected_manifest_hash=bytes.fromhex("b96fc33e0a5cdd5eab45a388d8a278b1b6f3837e4ccd16a1f9790d27db12ee1a"),
+            expected_weight_root=bytes.fromhex("c8300dc6129a81d6853c49fe5a9a63e898ab85cb6294d998fe5c15ba1964cae7"),
             effort="about 20 seconds and 20 MB of disk, once",
             packages=EFFICIENTNET_PACKAGES,
         ),
