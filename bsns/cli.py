@@ -35,6 +35,7 @@ EXIT_UNAVAILABLE: Final = 4
 EXIT_NOT_SERVED: Final = 5
 PASSWORD_VARIABLE: Final = "BSNS_KEYSTORE_PASSWORD"
 AUDIT_PATIENCE_S: Final = 3.0
+DEFAULT_MAXIMUM_TOKENS: Final = 256
 MAXIMUM_PROMPT_BYTES: Final = 4 * 1024 * 1024
 
 _HELP: Final = (
@@ -45,7 +46,8 @@ _HELP: Final = (
 
 app = typer.Typer(name="bsns", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP)
 audit = typer.Typer(
-    no_args_is_help=True, help="Export, show and verify the record of a request, against the chain alone."
+    no_args_is_help=True,
+    help="Export, show and verify the record of a request, and recompute a plan, from the chain alone.",
 )
 app.add_typer(audit, name="audit")
 
@@ -83,7 +85,16 @@ _ModelFolder = Annotated[
 _Publisher = Annotated[
     str | None, typer.Option("--publisher", help="Whose plan to pay for; default: the newest active.")
 ]
-_MaximumTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of the answer.")]
+_MaximumTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens", min=1, help=f"Most tokens of the answer; default: {DEFAULT_MAXIMUM_TOKENS}, one for an image."
+    ),
+]
+_Image = Annotated[
+    Path | None,
+    typer.Option("--image", help="An image file instead of text, for an image classifier's --model-folder."),
+]
 _PromptIds = Annotated[
     str | None, typer.Option("--prompt-ids", help="The prompt as token ids, with commas, instead of text.")
 ]
@@ -108,7 +119,8 @@ def quote(
     deployment: _DeploymentFile,
     prompt: _Prompt = None,
     prompt_ids: _PromptIds = None,
-    max_tokens: _MaximumTokens = 256,
+    image: _Image = None,
+    max_tokens: _MaximumTokens = None,
     publisher: _Publisher = None,
     model_folder: _ModelFolder = None,
     as_json: _Json = False,
@@ -117,7 +129,8 @@ def quote(
 
     async def run() -> None:
         async with _reading_client(rpc, deployment, model_folder) as client:
-            found = await client.quote(_prompt(prompt, prompt_ids), max_tokens, publisher=publisher)
+            asked = _asked(client, prompt, prompt_ids, image)
+            found = await client.quote(asked, _maximum_tokens(max_tokens, image), publisher=publisher)
         if as_json:
             _print_json(_plain(found))
             return
@@ -140,8 +153,9 @@ def request(
     key_file: _KeyFile,
     prompt: _Prompt = None,
     prompt_ids: _PromptIds = None,
+    image: _Image = None,
     password_file: _PasswordFile = None,
-    max_tokens: _MaximumTokens = 256,
+    max_tokens: _MaximumTokens = None,
     temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: no limit.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
@@ -158,21 +172,22 @@ def request(
     model_folder: _ModelFolder = None,
     as_json: _Json = False,
 ) -> None:
-    """Pay for an answer and stream it. Your prompt goes to the nodes of the route, never to the chain."""
+    """Pay for an answer and stream it. Your prompt or image goes to the nodes of the route, never to the chain.
+
+    Of an image you get the label of the class that was drawn; the nodes hand out no probabilities.
+    """
 
     async def run() -> None:
         from bsns.protocol.sampling import SamplingError, SamplingParameters
 
         try:
-            sampling = SamplingParameters(temperature, top_k, top_p, seed, max_tokens)
+            sampling = SamplingParameters(temperature, top_k, top_p, seed, _maximum_tokens(max_tokens, image))
         except SamplingError as error:
             raise _UsageError(str(error)) from error
         if record is not None and not record.parent.is_dir():
             raise _UsageError(f"{record.parent} is not a folder: the record could not be written there")
         async with _client(rpc, deployment, key_file, password_file, state_dir, model_folder) as client:
-            asked = _prompt(prompt, prompt_ids)
-            if not isinstance(asked, list):
-                asked = list(client.token_ids(asked))
+            asked = _asked(client, prompt, prompt_ids, image)
             with _Stream(as_json) as stream:
                 answer = await client.request(
                     asked,
@@ -184,7 +199,8 @@ def request(
                     publisher=publisher,
                     wait_for_settlement=wait,
                 )
-            await _report_answer(client, answer, asked if token_ids else None, record, token_ids, as_json)
+            shown = asked if token_ids and isinstance(asked, list) else None
+            await _report_answer(client, answer, shown, record, token_ids, as_json)
 
     _run(run())
 
@@ -250,6 +266,43 @@ def refund(
             typer.echo(f"{found.withdrawn_wei:,} wei are back at {client.address}")
 
     _run(run())
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+@app.command()
+def model(
+    name: Annotated[str, typer.Argument(help="Name of a model this release prepares, or a prepared folder.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Machines like this one, for the cuts shown.")] = 4,
+    stages: Annotated[int | None, typer.Option(min=1, help="Default: as many as nodes.")] = None,
+    objective: Annotated[str, typer.Option(help="throughput or latency.")] = "throughput",
+    link_ms: Annotated[float, typer.Option(min=0.0, help="One way between any two machines, milliseconds.")] = 0.5,
+    link_mbits: Annotated[float, typer.Option(min=0.001, help="Megabits a second between any two machines.")] = 1000.0,
+    as_json: _Json = False,
+) -> None:
+    """A model as the planner sees it: its units and what they cost on this machine, and its best cuts."""
+    from bsns.model_description import ModelUnavailableError, describe, prepared_folder, show_description
+    from bsns.planning.problem import Link, Objective
+
+    with _exit_codes():
+        try:
+            if objective not in list(Objective):
+                raise _UsageError(f"objective is {objective!r}, expected one of {', '.join(Objective)}")
+            found = describe(
+                prepared_folder(name),
+                nodes=nodes,
+                link=Link(round(link_ms * 1e6), max(1, round(link_mbits * 125_000))),
+                objective=Objective(objective),
+                stage_count=stages,
+                report=lambda line: typer.echo(line, err=True),
+            )
+        except ModelUnavailableError as error:
+            raise _UsageError(str(error)) from error
+        if as_json:
+            _print_json(_plain(found))
+        else:
+            typer.echo(show_description(found))
 
 
 # -------------------------------------------------------------------------------------------------------------- auditor
@@ -339,6 +392,48 @@ def audit_verify(
             if known is None and holds:
                 typer.echo("The contracts are those that the record names; give --deployment to insist on yours.")
         if not holds:
+            raise typer.Exit(EXIT_FAILED)
+
+    _run(run())
+
+
+@audit.command("plan")
+def audit_plan(
+    plan_id: Annotated[str, typer.Argument(help="Plan id, 0x and 64 hexadecimal digits.", metavar="PLAN_ID")],
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    planning_record: Annotated[
+        Path | None, typer.Option(help="The planning record, if it is too large to lie on chain.")
+    ] = None,
+    manifest: Annotated[Path | None, typer.Option(help="The model's manifest, if it does not lie on chain.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Compute a published plan again from the signed measurements it names. Exit code 0 only if nothing differs."""
+
+    async def run() -> None:
+        from bsns.audit.plan import audit_plan, show_plan
+        from bsns.chain.client import Web3ChainClient
+        from bsns.chain.patient_client import PatientChainClient
+
+        known = _deployment(deployment)
+        async with await Web3ChainClient.connect(rpc, known) as chain:
+            found = await audit_plan(
+                PatientChainClient(chain, AUDIT_PATIENCE_S),
+                known,
+                _hash(plan_id, "plan id"),
+                manifest=None if manifest is None else _read(manifest),
+                planning_record=None if planning_record is None else _read(planning_record),
+            )
+        if as_json:
+            _print_json(_plain(found.summary()))
+        else:
+            typer.echo(show_plan(found))
+            difference = next((item for item in found.checks if not item.ok), None)
+            if difference is None:
+                typer.echo(f"{len(found.checks)} checks, all hold")
+            else:
+                typer.echo(f"first difference: {difference.name}: {difference.detail}")
+        if not found.holds:
             raise typer.Exit(EXIT_FAILED)
 
     _run(run())
@@ -482,9 +577,27 @@ def _fail(code: int, error: object) -> None:
     raise typer.Exit(code)
 
 
+def _asked(client: Client, text: str | None, prompt_ids: str | None, image: Path | None) -> Any:
+    """What the request is about: a list of token ids, or the input row of an image."""
+    if image is not None:
+        if text is not None or prompt_ids is not None:
+            raise _UsageError("give either an image or a prompt, not both")
+        return client.image_row(image)
+    prompt = _prompt(text, prompt_ids)
+    return prompt if isinstance(prompt, list) else list(client.token_ids(prompt))
+
+
+def _maximum_tokens(given: int | None, image: Path | None) -> int:
+    if image is None:
+        return given or DEFAULT_MAXIMUM_TOKENS
+    if given not in (None, 1):
+        raise _UsageError("an image has one answer, its class: leave --max-tokens out")
+    return 1
+
+
 def _prompt(text: str | None, prompt_ids: str | None) -> str | list[int]:
     if (text is None) == (prompt_ids is None):
-        raise _UsageError("give a prompt: text, - for standard input, or --prompt-ids")
+        raise _UsageError("give a prompt: text, - for standard input, --prompt-ids, or --image")
     if prompt_ids is not None:
         try:
             return [int(part) for part in prompt_ids.replace(",", " ").split()]
@@ -529,12 +642,16 @@ def _signer(path: Path, password_file: Path | None) -> KeySigner:
 
 
 def _request_id(text: str) -> bytes:
+    return _hash(text, "request id")
+
+
+def _hash(text: str, what: str) -> bytes:
     try:
         value = bytes.fromhex(text.removeprefix("0x"))
     except ValueError:
         value = b""
     if len(value) != 32:
-        raise _UsageError(f"{text!r:.80} is not a request id: 0x and 64 hexadecimal digits")
+        raise _UsageError(f"{text!r:.80} is not a {what}: 0x and 64 hexadecimal digits")
     return value
 
 

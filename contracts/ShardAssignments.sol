@@ -22,6 +22,8 @@ contract ShardAssignments is IShardAssignments, EIP712 {
     /// @dev Both bound the gas of everything that walks over a plan or a route.
     uint256 private constant _MAXIMUM_STAGES = 32;
     uint256 private constant _MAXIMUM_ASSIGNMENTS = 256;
+    /// @dev A transaction with a document of this size still fits the 128 KiB that nodes of the chain pass on, at 4 million gas.
+    uint256 private constant _MAXIMUM_DOCUMENT_BYTES = 96 * 1024;
 
     /// @inheritdoc IShardAssignments
     INodeRegistry public immutable registry;
@@ -55,6 +57,19 @@ contract ShardAssignments is IShardAssignments, EIP712 {
         if (_models[modelId].unitCount != 0) revert ModelAlreadyRegistered(modelId);
         _models[modelId] = Model(manifestHash, weightRoot, unitCount);
         emit ModelRegistered(modelId, msg.sender, manifestHash, weightRoot, unitCount, name);
+    }
+
+    // ---------------------------------------------------------------------------------------------------------------------
+    //  Documents
+    // ---------------------------------------------------------------------------------------------------------------------
+
+    /// @inheritdoc IShardAssignments
+    function announce(bytes calldata document) external returns (bytes32 documentHash) {
+        if (document.length > _MAXIMUM_DOCUMENT_BYTES) {
+            revert DocumentTooLarge(_MAXIMUM_DOCUMENT_BYTES, document.length);
+        }
+        documentHash = keccak256(document);
+        emit DocumentAnnounced(documentHash, document);
     }
 
     // ---------------------------------------------------------------------------------------------------------------------

@@ -26,12 +26,15 @@ from rich.table import Table
 from bsns.chain.client import Web3ChainClient
 from bsns.chain.deployment import Terms, deploy
 from bsns.chain.errors import ChainError, ContractError, InsufficientFundsError, TransactionFailedError
+from bsns.planning import Objective
+from bsns.planning.published import plan_of_record
 from bsns.protocol.identifiers import ProtocolError, model_id
+from bsns.protocol.planning_record import PlanningRecord
 from coordinator import service
-from coordinator.demo import DemoSettings, run_demo, run_devnet
+from coordinator.demo import DEFAULT_MODEL, DemoSettings, run_demo, run_devnet
 from coordinator.devnet import DevnetError
 from coordinator.dispatch import PlanPolicy
-from coordinator.dispatch.plan_publication import compute_plan
+from coordinator.dispatch.plan_publication import planning_record
 from coordinator.network_state import NetworkStateError
 from coordinator.settings import SettingsError, load_deployment, load_key, load_settings
 from coordinator.storage import Storage, StorageError, StorageSettingsError, StorageUnavailableError, migrate
@@ -70,6 +73,9 @@ _Database = Annotated[str | None, typer.Option("--database-url", help="sqlite://
 _KeyFile = Annotated[Path | None, typer.Option("--key-file", help="Raw hex key (mode 600) or a keystore v3.")]
 _PasswordFile = Annotated[Path | None, typer.Option("--keystore-password-file", help="Password of a keystore v3.")]
 _Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
+_Model = Annotated[
+    str, typer.Option(envvar="BSNS_DEMO_MODEL", help="Model to serve, by the name `bsns.runtime.prepare` knows.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
@@ -84,8 +90,9 @@ def serve(
     manifest: Annotated[list[Path] | None, typer.Option(help="Manifest of a model to plan for; repeatable.")] = None,
     fee_per_token: Annotated[int | None, typer.Option(help="Wei per token of prompt or answer.")] = None,
     minimum_nodes: Annotated[int | None, typer.Option(help="Nodes to wait for before the first plan.")] = None,
-    replicas: Annotated[int | None, typer.Option(help="Nodes a stage.")] = None,
-    stage_count: Annotated[int | None, typer.Option(help="Stages; default: one a node.")] = None,
+    objective: Annotated[Objective | None, typer.Option(help="What a plan is to be good at.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Least nodes a stage.")] = None,
+    stage_count: Annotated[int | None, typer.Option(help="Stages; default: as many as is best.")] = None,
     confirmation_depth: Annotated[int | None, typer.Option(help="Blocks below the head left alone.")] = None,
     certificate_file: Annotated[Path | None, typer.Option(help="PEM certificate; required off loopback.")] = None,
     certificate_key_file: Annotated[Path | None, typer.Option(help="PEM key of the certificate.")] = None,
@@ -107,6 +114,7 @@ def serve(
             manifest=tuple(manifest) if manifest else None,
             fee_per_token=fee_per_token,
             minimum_nodes=minimum_nodes,
+            objective=objective,
             replicas=replicas,
             stage_count=stage_count,
             confirmation_depth=confirmation_depth,
@@ -192,32 +200,34 @@ def plan(
     database_url: Annotated[str, typer.Option("--database-url", help="sqlite:///file or postgresql://…")],
     manifest: Annotated[Path, typer.Option(help="Manifest of the model.")],
     measurements_hash: Annotated[
-        str | None, typer.Option(help="Recompute from the measurements a published plan names; default: the latest.")
+        str | None,
+        typer.Option(help="Recompute from the planning record of a plan, with the terms in it; default: plan anew."),
     ] = None,
-    stage_count: Annotated[int | None, typer.Option(help="Stages; default: one a node.")] = None,
-    replicas: Annotated[int, typer.Option(help="Nodes a stage.")] = 1,
+    objective: Annotated[Objective, typer.Option(help="What the plan is to be good at.")] = Objective.THROUGHPUT,
+    stage_count: Annotated[int | None, typer.Option(help="Stages; default: as many as is best.")] = None,
+    replicas: Annotated[int, typer.Option(help="Least nodes a stage.")] = 1,
     as_json: _Json = False,
 ) -> None:
     """Compute the plan that stored measurements give, without publishing it: anyone who has them gets the same."""
     with _reported():
         model = service.load_manifests((manifest,))[0]
-        storage = Storage(database_url)
-        try:
-            storage.require_current_schema()
+        with _storage(database_url) as storage:
             if measurements_hash is None:
                 identity = model_id(model.manifest_hash, model.weight_root, len(model.units))
-                measurements = storage.measurements(identity)
+                policy = PlanPolicy(fee_per_token=0, objective=objective, stage_count=stage_count, replicas=replicas)
+                record = planning_record(identity, storage.measurements(identity).values(), policy)
             else:
-                stored = storage.measurement_set(_hash(measurements_hash))
-                if stored is None:
-                    raise SettingsError(f"this database has no measurements {measurements_hash}")
-                measurements = {item.node: item for item, _signature in stored}
-        finally:
-            storage.close()
-        policy = PlanPolicy(fee_per_token=0, stage_count=stage_count, replicas=replicas)
-        computed = compute_plan(model, measurements, policy)
+                record = _stored_record(storage, measurements_hash)
+        partition = plan_of_record(record, model)
+        computed = partition.to_shard_plan()
         content = {
             "root": "0x" + computed.root.hex(),
+            "measurements_hash": "0x" + record.hash.hex(),
+            "solver": partition.solver,
+            "objective": partition.objective,
+            "value_nanoseconds": partition.value_ns,
+            "lower_bound_nanoseconds": partition.lower_bound_ns,
+            "bound": partition.bound,
             "assignments": [
                 {**dataclasses.asdict(item), "execution_class": "0x" + item.execution_class.hex()}
                 for item in computed.assignments
@@ -228,6 +238,11 @@ def plan(
             return
         console = _console()
         console.print(f"root {content['root']}")
+        console.print(
+            f"{partition.objective} {partition.value_ns} ns by {partition.solver}, "
+            f"no plan is below {partition.lower_bound_ns} ns ({partition.bound})",
+            soft_wrap=True,
+        )
         table = Table("stage", "replica", "units", "node", "work weight")
         for item in computed.assignments:
             units = f"{item.first_unit}..{item.end_unit - 1}"
@@ -235,11 +250,26 @@ def plan(
         console.print(table)
 
 
+@app.command()
+def record(
+    measurements_hash: Annotated[str, typer.Argument(help="measurementsHash of a plan.", metavar="HASH")],
+    database_url: Annotated[str, typer.Option("--database-url", help="sqlite:///file or postgresql://…")],
+) -> None:
+    """Write a plan's planning record to standard output: what auditors need if it is too large to be announced."""
+    with _reported(), _storage(database_url) as storage:
+        sys.stdout.buffer.write(_stored_record(storage, measurements_hash).to_bytes())
+        sys.stdout.buffer.flush()
+
+
 @app.command("demo")
 def demo_command(
+    model: _Model = DEFAULT_MODEL,
     prompt: Annotated[
-        str, typer.Option(envvar="BSNS_DEMO_PROMPT", help="What to ask.")
+        str, typer.Option(envvar="BSNS_DEMO_PROMPT", help="What to ask a language model.")
     ] = "What is the capital of France, and what is it known for?",
+    image: Annotated[
+        str, typer.Option(envvar="BSNS_DEMO_IMAGE", help="What to show an image classifier; default: a photograph.")
+    ] = "",
     max_tokens: Annotated[int, typer.Option(envvar="BSNS_DEMO_MAX_TOKENS", min=1, help="Length of the answer.")] = 32,
     nodes: Annotated[int, typer.Option(envvar="BSNS_DEMO_NODES", min=2, max=16, help="Node clients to start.")] = 4,
     seed: Annotated[int, typer.Option(envvar="BSNS_DEMO_SEED", min=0, help="Seed of the sampling.")] = 7,
@@ -249,19 +279,22 @@ def demo_command(
     ] = False,
 ) -> None:
     """One paid, sharded, verified inference on a local network, from an empty chain to an audited record."""
-    settings = DemoSettings(prompt, max_tokens, nodes, seed, output, keep)
+    # An empty variable is one that was not set.
+    shown = Path(image) if image else None
+    settings = DemoSettings(model, prompt, shown, max_tokens, nodes, seed, output, keep)
     with _reported():
         asyncio.run(run_demo(settings, Console(stderr=True)))
 
 
 @app.command("devnet")
 def devnet_command(
+    model: _Model = DEFAULT_MODEL,
     nodes: Annotated[int, typer.Option(min=2, max=16, help="Node clients to start.")] = 4,
     folder: Annotated[Path, typer.Option(help="Keys, databases and logs of the network.")] = Path("build/devnet"),
 ) -> None:
     """A local network that runs until Ctrl-C: chain, contracts, coordinator, nodes."""
     with _reported():
-        asyncio.run(run_devnet(folder, nodes, Console(stderr=True)))
+        asyncio.run(run_devnet(folder, nodes, model, Console(stderr=True)))
 
 
 def main() -> None:
@@ -276,6 +309,23 @@ async def _status(database_url: str, rpc: str | None, deployment: Path | None) -
         raise SettingsError("--rpc needs --deployment, which names the chain")
     async with await Web3ChainClient.connect(rpc, load_deployment(deployment)) as chain:
         return await service.status(database_url, chain)
+
+
+@contextmanager
+def _storage(database_url: str) -> Iterator[Storage]:
+    storage = Storage(database_url)
+    try:
+        storage.require_current_schema()
+        yield storage
+    finally:
+        storage.close()
+
+
+def _stored_record(storage: Storage, measurements_hash: str) -> PlanningRecord:
+    record = storage.planning_record(_hash(measurements_hash))
+    if record is None:
+        raise SettingsError(f"this database has no planning record {measurements_hash}")
+    return record
 
 
 def _hash(text: str) -> bytes:

@@ -1,7 +1,7 @@
 """The network as the chain's events tell it: a frozen state and a pure `apply(state, event, block)`.
 
-Owns what is remembered about nodes, models, plans, requests and accounts, and how each event of the four contracts
-changes it. Every event belongs to exactly one aggregate (`aggregate_of`) and changes nothing else, so that an
+Owns what is remembered about nodes, models, documents, plans, requests and accounts, and how each event of the four
+contracts changes it. Every event belongs to exactly one aggregate (`aggregate_of`) and changes nothing else, so that an
 aggregate can be rebuilt from its own events after a reorganisation (SYNC-01: fold(apply, canonical events) == stored
 state). Promises to handle every event the contracts declare; an unknown one is an error that names it. No I/O, no
 clock: time comes with the block.
@@ -43,6 +43,7 @@ class AggregateKind(StrEnum):
 
     NODE = "node"
     MODEL = "model"
+    DOCUMENT = "document"
     PLAN = "plan"
     REQUEST = "request"
     ACCOUNT = "account"
@@ -89,6 +90,14 @@ class ModelState:
     weight_root: bytes
     unit_count: int
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentState:
+    """A document that lies on chain under its hash."""
+
+    document_hash: bytes
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +249,13 @@ class AccountState:
     credits: tuple[tuple[str, int], ...] = ()
 
 
-Aggregate = NodeState | ModelState | PlanState | RequestState | AccountState
+Aggregate = NodeState | ModelState | DocumentState | PlanState | RequestState | AccountState
 AggregateKey = tuple[AggregateKind, str]
 
 AGGREGATE_TYPES: Final[Mapping[AggregateKind, type[Aggregate]]] = {
     AggregateKind.NODE: NodeState,
     AggregateKind.MODEL: ModelState,
+    AggregateKind.DOCUMENT: DocumentState,
     AggregateKind.PLAN: PlanState,
     AggregateKind.REQUEST: RequestState,
     AggregateKind.ACCOUNT: AccountState,
@@ -267,6 +277,10 @@ class NetworkState:
         return self._of(ModelState)
 
     @property
+    def documents(self) -> dict[str, DocumentState]:
+        return self._of(DocumentState)
+
+    @property
     def plans(self) -> dict[str, PlanState]:
         return self._of(PlanState)
 
@@ -282,7 +296,7 @@ class NetworkState:
         return {key: item for (_, key), item in self.aggregates.items() if isinstance(item, kind)}
 
 
-_A = TypeVar("_A", NodeState, ModelState, PlanState, RequestState, AccountState)
+_A = TypeVar("_A", NodeState, ModelState, DocumentState, PlanState, RequestState, AccountState)
 
 # Which aggregate an event belongs to: its kind, and the parameter that names it.
 _OWNERS: Final[Mapping[tuple[str, str], tuple[AggregateKind, str]]] = {
@@ -301,6 +315,7 @@ _OWNERS: Final[Mapping[tuple[str, str], tuple[AggregateKind, str]]] = {
     ("NodeRegistry", "Credited"): (AggregateKind.ACCOUNT, "account"),
     ("NodeRegistry", "CreditWithdrawn"): (AggregateKind.ACCOUNT, "account"),
     ("ShardAssignments", "ModelRegistered"): (AggregateKind.MODEL, "modelId"),
+    ("ShardAssignments", "DocumentAnnounced"): (AggregateKind.DOCUMENT, "documentHash"),
     ("ShardAssignments", "PlanPublished"): (AggregateKind.PLAN, "planId"),
     ("InferenceEscrow", "RequestOpened"): (AggregateKind.REQUEST, "requestId"),
     ("InferenceEscrow", "RequestRouted"): (AggregateKind.REQUEST, "requestId"),
@@ -423,8 +438,10 @@ def _node(before: Aggregate | None, event: ChainEvent, a: Mapping[str, Any], blo
             raise UnknownEventError(event.contract, event.name)
 
 
-def _assignment(event: ChainEvent, a: Mapping[str, Any]) -> ModelState | PlanState:
+def _assignment(event: ChainEvent, a: Mapping[str, Any]) -> ModelState | DocumentState | PlanState:
     match event.name:
+        case "DocumentAnnounced":
+            return DocumentState(bytes(a["documentHash"]), len(a["document"]))
         case "ModelRegistered":
             return ModelState(
                 model_id=ModelId(bytes(a["modelId"])),

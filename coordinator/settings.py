@@ -17,8 +17,12 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from bsns.chain import key_file
 from bsns.chain.deployment import Deployment
 from bsns.chain.signer import KeySigner
+from bsns.planning import Objective
+from bsns.planning.measured import NEWCOMER_LINK
 from bsns.protocol.endpoints import is_loopback, masked_url, split_endpoint
-from bsns.protocol.plan import MAXIMUM_STAGES
+from bsns.protocol.measurements import BATCHED_SESSIONS
+from bsns.protocol.plan import MAXIMUM_ASSIGNMENTS, MAXIMUM_STAGES
+from bsns.protocol.planning_record import MAXIMUM_RECORDED_NODES
 from coordinator.chain_follower import FollowerLimits
 from coordinator.coordination_service import ConversationLimits
 from coordinator.dispatch import PlanPolicy, PoolLimits, PublicationLimits
@@ -58,10 +62,20 @@ class CoordinatorSettings(BaseSettings):
     fee_per_token: int = Field(ge=0, le=_MAXIMUM_UINT128, description="wei per token of prompt or answer")
     minimum_nodes: int = Field(default=1, ge=1, description="nodes to wait for before the first plan")
     replacement_minimum_nodes: int = Field(default=1, ge=1, description="nodes that a replacement plan needs")
-    stage_count: int | None = Field(default=None, ge=1, le=MAXIMUM_STAGES, description="default: one stage a node")
-    replicas: int = Field(default=1, ge=1, description="nodes a stage")
-    planned_sessions: int = Field(default=4, ge=1, description="sessions whose cache must fit on every node at once")
-    planned_session_tokens: int = Field(default=2_048, ge=1)
+    objective: Objective = Field(default=Objective.THROUGHPUT, description="throughput: fastest slowest stage; latency")
+    stage_count: int | None = Field(default=None, ge=1, le=MAXIMUM_STAGES, description="default: as many as is best")
+    replicas: int = Field(default=1, ge=1, le=MAXIMUM_ASSIGNMENTS, description="least nodes a stage")
+    spread_leftover: bool = Field(default=True, description="nodes that no stage needs become replicas of the slowest")
+    planned_sessions: int = Field(
+        default=4, ge=1, le=2**32 - 1, description="sessions whose cache every node must hold"
+    )
+    planned_session_tokens: int = Field(default=2_048, ge=1, le=2**32 - 1)
+    planned_batch: int = Field(default=1, description=f"sessions in a node's step: 1 or {BATCHED_SESSIONS}")
+    planner_seed: int = Field(default=0, ge=0, le=2**64 - 1)
+    prior_latency_nanoseconds: int = Field(
+        default=NEWCOMER_LINK.latency_ns, ge=0, le=2**63 - 1, description="between nodes that measured no link"
+    )
+    prior_bytes_per_second: int = Field(default=NEWCOMER_LINK.bytes_per_second, ge=1, le=2**63 - 1)
     gather_seconds: float = Field(
         default=1.0, ge=0, description="quiet time before planning, so that all who join are in"
     )
@@ -89,7 +103,7 @@ class CoordinatorSettings(BaseSettings):
     open_requests_a_pass: int = Field(default=1_024, ge=1, description="unfinished requests looked at in one pass")
 
     # Nodes
-    attached_nodes: int = Field(default=256, ge=1)
+    attached_nodes: int = Field(default=256, ge=1, le=MAXIMUM_RECORDED_NODES)
     heartbeat_seconds: float = Field(default=2.0, ge=0.05, le=60)
     missed_heartbeats: int = Field(default=3, ge=1)
     queued_messages_a_node: int = Field(default=16, ge=2)
@@ -104,6 +118,13 @@ class CoordinatorSettings(BaseSettings):
     @classmethod
     def _host_and_port(cls, value: str) -> str:
         split_endpoint(value)
+        return value
+
+    @field_validator("planned_batch")
+    @classmethod
+    def _measured_batch(cls, value: int) -> int:
+        if value not in (1, BATCHED_SESSIONS):
+            raise ValueError(f"nodes measure steps of 1 and of {BATCHED_SESSIONS} sessions, not of {value}")
         return value
 
     @model_validator(mode="after")
@@ -146,8 +167,14 @@ class CoordinatorSettings(BaseSettings):
             replacement_minimum_nodes=self.replacement_minimum_nodes,
             stage_count=self.stage_count,
             replicas=self.replicas,
+            spread_leftover=self.spread_leftover,
+            objective=self.objective,
             concurrent_sessions=self.planned_sessions,
             session_tokens=self.planned_session_tokens,
+            seed=self.planner_seed,
+            batch=self.planned_batch,
+            prior_latency_ns=self.prior_latency_nanoseconds,
+            prior_bytes_per_second=self.prior_bytes_per_second,
         )
 
     @property

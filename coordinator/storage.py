@@ -1,11 +1,12 @@
 """The coordinator's tables and the only queries on them.
 
 Owns what survives a restart: canonical blocks and events with the aggregates folded from them, intents with the
-transactions signed for them, and nodes' measurements. Promises that a block, its events, the aggregates they touch
-and the cursor change in one transaction; that after a rollback the aggregates equal a fold over the remaining events
-(SYNC-01); and that a signed transaction is stored together with its nonce before anybody can broadcast it
-(OUTBOX-01). SQLite (WAL, BEGIN IMMEDIATE) or PostgreSQL by URL; integers of 256 bits are zero-padded text. Methods
-block: coroutines call them in a worker thread. Does not talk to the chain and decides nothing.
+transactions signed for them, nodes' measurements and the records that plans were computed from. Promises that a block,
+its events, the aggregates they touch and the cursor change in one transaction; that after a rollback the aggregates
+equal a fold over the remaining events (SYNC-01); and that a signed transaction is stored together with its nonce before
+anybody can broadcast it (OUTBOX-01). SQLite (WAL, BEGIN IMMEDIATE) or PostgreSQL by URL; integers of 256 bits are
+zero-padded text. Methods block: coroutines call them in a worker thread. Does not talk to the chain and decides
+nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from sqlalchemy import (
     Float,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     RowMapping,
     String,
@@ -54,7 +56,8 @@ from bsns.chain.client import Block, ChainEvent
 from bsns.chain.deployment import Deployment
 from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ModelId, PlanId, RequestId
-from bsns.protocol.measurements import NodeMeasurements, measurements_hash
+from bsns.protocol.measurements import NodeMeasurements
+from bsns.protocol.planning_record import PlanningRecord, SignedMeasurements
 from bsns.v1 import coordination_pb2
 from coordinator.documents import decode_record, decode_values, encode_record, encode_values
 from coordinator.network_state import (
@@ -62,6 +65,7 @@ from coordinator.network_state import (
     Aggregate,
     AggregateKey,
     AggregateKind,
+    DocumentState,
     ModelState,
     NetworkState,
     NodeState,
@@ -132,6 +136,12 @@ _models = Table(
     Column("name", Text, nullable=False),
     Column("document", Text, nullable=False),
 )
+_documents = Table(
+    "documents",
+    metadata,
+    Column("key", String(66), primary_key=True),
+    Column("document", Text, nullable=False),
+)
 _plans = Table(
     "plans",
     metadata,
@@ -168,12 +178,12 @@ _measurements = Table(
     Column("measured_at", BigInteger, nullable=False),
     Column("message", Text, nullable=False),
 )
-# What each published plan was computed from: anyone may ask for it and recompute the plan.
-_measurement_sets = Table(
-    "measurement_sets",
+# What each offered plan was computed from, by the hash that the plan carries.
+_planning_records = Table(
+    "planning_records",
     metadata,
     Column("hash", String(66), primary_key=True),
-    Column("messages", Text, nullable=False),
+    Column("content", LargeBinary, nullable=False),
 )
 _intents = Table(
     "intents",
@@ -213,6 +223,7 @@ _transactions = Table(
 _AGGREGATE_TABLES: Final[Mapping[AggregateKind, Table]] = {
     AggregateKind.NODE: _nodes,
     AggregateKind.MODEL: _models,
+    AggregateKind.DOCUMENT: _documents,
     AggregateKind.PLAN: _plans,
     AggregateKind.REQUEST: _requests,
     AggregateKind.ACCOUNT: _accounts,
@@ -513,6 +524,10 @@ class Storage:
     def model(self, model: ModelId) -> ModelState | None:
         return self._one(_models, ModelState, _hex(model))
 
+    def document(self, document_hash: bytes) -> DocumentState | None:
+        """What is known of an announced document; not its bytes."""
+        return self._one(_documents, DocumentState, _hex(document_hash))
+
     def plan(self, plan: PlanId) -> PlanState | None:
         return self._one(_plans, PlanState, _hex(plan))
 
@@ -549,8 +564,10 @@ class Storage:
 
     # -------------------------------------------------------------------------------------------------- measurements
 
-    def keep_measurements(self, measurements: NodeMeasurements, signature: bytes) -> None:
-        """Store a node's latest measurements for a model; older ones than the stored are left out."""
+    def keep_measurements(self, measurements: NodeMeasurements, signature: bytes) -> NodeMeasurements | None:
+        """Store a node's latest measurements for a model; older ones than the stored are left out. Returns what was
+        stored before.
+        """
         values = {
             "model_id": _hex(measurements.model),
             "node": measurements.node,
@@ -559,41 +576,36 @@ class Storage:
         }
         same = (_measurements.c.model_id == values["model_id"]) & (_measurements.c.node == values["node"])
         with self._write() as connection:
-            known = connection.scalar(select(_measurements.c.measured_at).where(same))
-            if known is None:
+            message = connection.scalar(select(_measurements.c.message).where(same))
+            if message is None:
                 connection.execute(insert(_measurements).values(**values))
-            elif measurements.measured_at >= known:
+                return None
+            known = _parse_measurements(message).measurements
+            if measurements.measured_at >= known.measured_at:
                 connection.execute(update(_measurements).where(same).values(**values))
+            return known
 
-    def measurements(self, model: ModelId) -> dict[str, NodeMeasurements]:
-        """The latest measurements for `model` by node."""
+    def measurements(self, model: ModelId) -> dict[str, SignedMeasurements]:
+        """The latest measurements for `model` by node, as the nodes signed them."""
         query = select(_measurements.c.message).where(_measurements.c.model_id == _hex(model))
         with self._read() as connection:
-            found = [_parse_measurements(row.message)[0] for row in connection.execute(query)]
-        return {item.node: item for item in found}
+            found = [_parse_measurements(row.message) for row in connection.execute(query)]
+        return {item.measurements.node: item for item in found}
 
-    def keep_measurement_set(self, measurements: Sequence[NodeMeasurements]) -> bytes:
-        """Store what a plan is computed from; returns its hash (`measurements_hash`)."""
-        digest = measurements_hash(measurements)
-        nodes = [item.node for item in measurements]
-        query = select(_measurements.c.message).where(
-            _measurements.c.model_id == _hex(measurements[0].model), _measurements.c.node.in_(nodes)
-        )
+    def keep_planning_record(self, record: PlanningRecord) -> None:
+        """Store what a plan is computed from; harmless to repeat."""
+        values = {"hash": _hex(record.hash), "content": record.to_bytes()}
+        same = select(_planning_records.c.hash).where(_planning_records.c.hash == values["hash"])
         with self._write() as connection:
-            messages = sorted(row.message for row in connection.execute(query))
-            if measurements_hash(_parse_measurements(item)[0] for item in messages) != digest:
-                raise StorageError("the measurements changed while a plan was computed from them; plan again")
-            known = connection.scalar(select(_measurement_sets.c.hash).where(_measurement_sets.c.hash == _hex(digest)))
-            if known is None:
-                connection.execute(insert(_measurement_sets).values(hash=_hex(digest), messages=" ".join(messages)))
-        return digest
+            if connection.scalar(same) is None:
+                connection.execute(insert(_planning_records).values(**values))
 
-    def measurement_set(self, digest: bytes) -> list[tuple[NodeMeasurements, bytes]] | None:
-        """What a plan was computed from, with the nodes' signatures."""
-        query = select(_measurement_sets.c.messages).where(_measurement_sets.c.hash == _hex(digest))
+    def planning_record(self, record_hash: bytes) -> PlanningRecord | None:
+        """What a plan was computed from, by the plan's measurementsHash."""
+        query = select(_planning_records.c.content).where(_planning_records.c.hash == _hex(record_hash))
         with self._read() as connection:
-            messages = connection.scalar(query)
-        return None if messages is None else [_parse_measurements(item) for item in messages.split(" ")]
+            content = connection.scalar(query)
+        return None if content is None else PlanningRecord.from_bytes(bytes(content))
 
     # ------------------------------------------------------------------------------------------ intents, transactions
 
@@ -779,7 +791,7 @@ class Storage:
             yield connection
 
 
-_A = TypeVar("_A", NodeState, ModelState, PlanState, RequestState)
+_A = TypeVar("_A", NodeState, ModelState, DocumentState, PlanState, RequestState)
 
 
 def uint256_text(value: int) -> str:
@@ -982,9 +994,9 @@ def _transaction(row: RowMapping) -> SignedTransaction:
     )
 
 
-def _parse_measurements(message: str) -> tuple[NodeMeasurements, bytes]:
+def _parse_measurements(message: str) -> SignedMeasurements:
     parsed = coordination_pb2.Measurements.FromString(bytes.fromhex(message))
-    return NodeMeasurements.from_message(parsed), bytes(parsed.signature)
+    return SignedMeasurements(NodeMeasurements.from_message(parsed), bytes(parsed.signature))
 
 
 def _hex(value: bytes) -> str:

@@ -94,6 +94,10 @@ class StakeLedger:
         account = self._accounts.get(node)
         return account.staked if account else 0
 
+    def active_nodes(self, now: int) -> tuple[str, ...]:
+        """Nodes that the registry called Active at time `now`, in the order of their registration."""
+        return tuple(node for node, item in self._accounts.items() if item.counts and now >= item.active_from)
+
     def sortition_stake(self, node: str, snapshot_time: int, now: int) -> int:
         """What counts for a draw with that snapshot, asked at time `now`; 0 unless Active then and at the snapshot."""
         account = self._accounts.get(node)

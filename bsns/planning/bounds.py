@@ -32,11 +32,12 @@ _WEIGHT_SCALE: Final = 2**80
 _TOLERANCE_NS: Final = 0.01
 """Sums of rounded-up transfers in floating point may be off by less than this; only in favour of a lower bound."""
 _MAXIMUM_IDEALS: Final = 20_000
-_MAXIMUM_PAIRS: Final = 40_000_000
+_FEW_PAIRS: Final = 3_000_000
+"""Pairs of ideals of neighbouring windows that are compared at the first try, for the best known value less 1."""
 _CHUNK: Final = 4_000_000
 """Entries of a cost matrix held at a time."""
-_CUT_SECONDS: Final = (0.0, 0.1, 0.3)
-"""Time for the integer programme of one cut, by round; 0 for its linear relaxation."""
+_ROUNDS: Final = ((0.0, 3_000_000), (0.1, 6_000_000), (0.3, 20_000_000))
+"""By round over all cuts: seconds for the integer programme of each (0: its linear relaxation), pairs of ideals."""
 _RELAXATION_SECONDS: Final = 10.0
 _SLACK: Final = 1e-6
 """How far HiGHS may be off in a constraint, as a share of the right-hand side."""
@@ -161,8 +162,9 @@ class _Search:
         gains = np.zeros(self._stages + 1)
         while proved < undecided and time.monotonic() < self._deadline:
             raised = gains.copy()
-            proof = self._all_ideals(target, raised)
-            if proof is None and target < self._found.value_ns - 1:
+            if target == self._found.value_ns - 1:
+                proof = self._all_ideals(target, raised, _FEW_PAIRS)
+            else:
                 proof = self._refute(target, raised)
             if proof is None:
                 undecided, gains = target, raised
@@ -180,10 +182,10 @@ class _Search:
         """A lower bound above `target`, or the optimum of the imaginary nodes if that is not above; None if neither
         could be shown. Raises `gains` in place; a better partition that turns up becomes `_found`.
         """
-        for seconds in _CUT_SECONDS:
+        for seconds, pairs in _ROUNDS:
             if not self._raise_cuts(target, gains, seconds):
                 return target + 1, "cuts"
-            proof = self._all_ideals(target, gains)
+            proof = self._all_ideals(target, gains, pairs)
             if proof is not None:
                 return proof
         return None
@@ -221,7 +223,7 @@ class _Search:
                 return False
             if time.monotonic() > self._deadline:
                 return True
-            found = self._least_cut(*windows, seconds)
+            found = self._least_cut(windows[0], windows[1], windows[2], seconds)
             if found is None:
                 return False
             gains[j] = max(gains[j], found)
@@ -230,7 +232,7 @@ class _Search:
     def _least_cut(self, before: _Window, window: _Window, after: _Window, seconds: float) -> float | None:
         """A lower bound of out(j) + in(j+1) over the ideals in a window; None if there is none.
 
-        An integer programme: x(v) = 1 if v is in I(j), x descends along edges, work is in the window, and for each tensor
+        An integer programme: x(v) = 1 if v is in I(j), x descends along edges, work is in the window, for each tensor
         h >= x(producer) - x(consumer) for every consumer. With RELAYED out(j) = in(j+1) = cut, so h counts twice. With
         DIRECT h counts in out(j) where the producer cannot be in I(j-1), as it then is in stage j, and in in(j+1) for
         the consumers that must be in I(j+1), as they then are in stage j+1. Latency is left out. The answer is HiGHS's
@@ -330,8 +332,8 @@ class _Search:
         """All ideals of a window with their work, as rows; None if they are too many.
 
         Operators are decided in order. A row is dropped as soon as the work it has, can still get, or the tensors that
-        are cut whatever follows break (1). With RELAYED out(j) = in(j+1) = cut. With DIRECT a crossing tensor is sent by
-        one of the first j stages and received by one of the last k - j: work + cut is at most jT. It may be one that
+        are cut whatever follows break (1). With RELAYED out(j) = in(j+1) = cut. With DIRECT a crossing tensor is sent
+        by one of the first j stages and received by one of the last k - j: work + cut is at most jT. It may be one that
         the gains count already, so these are left out there.
         """
         arrays = self._arrays
@@ -370,7 +372,7 @@ class _Search:
                 return None
         return rows, work
 
-    def _all_ideals(self, target: int, gains: Floats) -> tuple[int, str] | None:
+    def _all_ideals(self, target: int, gains: Floats, pairs: int) -> tuple[int, str] | None:
         """As `_refute`, by listing the ideals of all windows; None if they are too many."""
         refuted = target + 1, "all ideals"
         arrays = self._arrays
@@ -383,10 +385,10 @@ class _Search:
             most = min(window.most, float(reached_work.max()) + target)
             window = replace(window, most=most, excluded=window.excluded | (self._before > most))
             listed = self._ideals(window)
-            if listed is None or time.monotonic() > self._deadline:
+            if listed is None:
                 return None
             ideals, work = listed
-            if len(ideals) * len(reached) > _MAXIMUM_PAIRS:
+            if len(ideals) * len(reached) > pairs:
                 return None
             if not len(ideals):
                 return refuted
@@ -394,6 +396,8 @@ class _Search:
             value = np.full(len(ideals), np.inf)
             step = max(1, _CHUNK // len(reached))
             for first in range(0, len(ideals), step):
+                if time.monotonic() > self._deadline:
+                    return None
                 part = slice(first, first + step)
                 cost = self._costs(reached, reached_work, ideals[part], work[part])
                 joined = np.maximum(best[:, None], cost)

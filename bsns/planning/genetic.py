@@ -1,9 +1,9 @@
 """BRKGA: a biased random-key genetic algorithm over topological orders and node orders (paper §1.5).
 
 A chromosome holds a key for each operator and each node. Kahn's algorithm that takes the ready operator with the
-smallest key decodes it to a topological order, sorting nodes by key to a node order, and slicing both gives its fitness.
-The best is then refined. Promises never to be worse than slicing the graph's own order over the nodes as given, the same
-answer for the same seed if no deadline is set, and the best so far at a deadline.
+smallest key decodes it to a topological order, sorting nodes by key to a node order, and slicing both gives its
+fitness. The best is then refined. Promises never to be worse than slicing the graph's own order over the nodes as given,
+the same answer for the same seed if no deadline is set, and the best so far at a deadline.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from bsns.planning.ideals import Floats, GraphArrays
 from bsns.planning.problem import Partition, PlanningNode, Problem
 from bsns.planning.refinement import Effort, Refinement
-from bsns.planning.slice_graph import Slicing, node_groups, partition_of, slice_order
+from bsns.planning.slice_graph import INFEASIBLE, Slicing, node_groups, partition_of, slice_order
 
 DEFAULT_GENERATIONS: Final = 20
 _ELITE_SHARE: Final = 0.2
@@ -97,7 +97,9 @@ class _Orders:
             keys = self._draw.random(self._genes)
             if len(following) < self._size - mutants:
                 better = population[int(self._draw.integers(elite))][1]
-                other = population[int(self._draw.integers(elite, max(elite + 1, len(population)))) % len(population)][1]
+                other = population[int(self._draw.integers(elite, max(elite + 1, len(population)))) % len(population)][
+                    1
+                ]
                 keys = np.where(keys < _INHERITANCE, better, other)
             following.append((self._fitness(keys), keys))
         return following
@@ -108,7 +110,7 @@ class _Orders:
         nodes = [self._problem.nodes[int(item)] for item in np.argsort(keys[count:], kind="stable")]
         slicing = self._slice(order, nodes)
         if slicing is None:
-            return 2**62
+            return INFEASIBLE
         if self._best is None or slicing.value_ns < self._best[0]:
             self._best = slicing.value_ns, order, slicing
         return slicing.value_ns

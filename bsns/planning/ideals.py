@@ -47,7 +47,9 @@ class GraphArrays:
         for operator, found in enumerate(predecessors):
             for predecessor in found:
                 successors[predecessor].append(operator)
-        tensors = [item for item in graph.tensors if item.producer != MODEL_INPUT and item.consumers and item.size_bytes]
+        tensors = [
+            item for item in graph.tensors if item.producer != MODEL_INPUT and item.consumers and item.size_bytes
+        ]
         return cls(
             len(graph.operators),
             predecessors,
@@ -114,7 +116,8 @@ class GraphArrays:
         y_still_made, x_still_made = y[0, self.producers[fixed]], x[0, self.producers[fixed]]
         y_still = y[0].astype(np.float32) @ self.reads[:, fixed]
         x_still = x[0].astype(np.float32) @ self.reads[:, fixed]
-        not_nested = FORBIDDEN * (y[:, outside].astype(np.float64) @ (~x[:, outside]).T.astype(np.float64))
+        beyond = y[:, outside].astype(np.float32) @ (~x[:, outside]).T.astype(np.float32)
+        not_nested = np.where(beyond > 0, FORBIDDEN, 0.0)
         x_cut = (x_made & (x_read < readers)) @ sizes + float(still @ (x_still_made & (x_still < still_readers)))
         if self.relayed:
             y_cut = (y_made & (y_read < readers)) @ sizes + float(still @ (y_still_made & (y_still < still_readers)))

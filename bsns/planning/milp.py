@@ -15,8 +15,10 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from bsns.planning import slice_graph
-from bsns.planning.ideals import GraphArrays
+from bsns.planning.bounds import lower_bound
+from bsns.planning.ideals import Floats, GraphArrays
 from bsns.planning.problem import SECOND_NS, Link, Objective, Partition, PlanningError, Problem, evaluate
+import itertools
 
 _SCALE: Final = 1_000.0
 """The value of the plan that is known, in the programme's units: HiGHS's tolerances are absolute."""
@@ -44,10 +46,10 @@ class _Programme:
     """Variables: X(v, j) = 1 if operator v is in one of the stages 0 to j; z(j, m) = 1 if stage j is on node m; c(j),
     the cost of stage j; r(j) and s(j), what it receives and sends in nanoseconds; and the objective t.
 
-    X rises with j and falls along edges, X(v, k-1) = 1. RELAYED: h(i, j) >= X(producer, j) - X(reader, j) is 1 if tensor
-    i crosses the cut after stage j. DIRECT, with x(v, j) = X(v, j) - X(v, j-1): it is received if x(reader, j) -
-    x(producer, j) = 1 for a reader, and sent if the opposite. c(j) is bound from below for each node m by the time on m,
-    less a number so large that it does not count where z(j, m) = 0. The largest such time is the whole model's on m.
+    X rises with j and falls along edges, X(v, k-1) = 1. RELAYED: h(i, j) >= X(producer, j) - X(reader, j) is 1 if i
+    crosses the cut after stage j. DIRECT, with x(v, j) = X(v, j) - X(v, j-1): it is received if x(reader, j) -
+    x(producer, j) = 1 for a reader, and sent if the opposite. c(j) is bound from below for each node m by the time on
+    m, less a number so large that it does not count where z(j, m) = 0. The largest such time is the whole model's on m.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -80,7 +82,7 @@ class _Programme:
         terms = self._problem.terms
         for operator, row in enumerate(self._x):
             self._at_least(1, (row[-1], 1))
-            for earlier, later in zip(row, row[1:]):
+            for earlier, later in itertools.pairwise(row):
                 self._at_least(0, (later, 1), (earlier, -1))
             before = set(self._arrays.predecessors[operator])
             if not terms.free_order and operator:
@@ -125,7 +127,7 @@ class _Programme:
         """c(j) of every stage, in units of `_unit` nanoseconds."""
         problem = self._problem
         throughput = problem.objective is Objective.THROUGHPUT
-        whole = problem.stage_memory(range(self._arrays.count))
+        whole = max(1, problem.stage_memory(range(self._arrays.count)))
         received, sent = self._transfers()
         costs = []
         for stage in range(self._stages):
@@ -140,7 +142,7 @@ class _Programme:
                 beyond = (whole - node.memory_bytes) / whole
                 if need is not None and beyond > 0:
                     if not node.host_bytes_per_second:
-                        self._at_least(beyond - 1 - beyond, (need, -1), (chosen, -beyond))
+                        self._at_least(-1, (need, -1), (chosen, -beyond))
                         continue
                     rate = whole * SECOND_NS / node.host_bytes_per_second / self._unit
                     large += rate * beyond
@@ -237,13 +239,13 @@ class _Programme:
                 return replace(known, lower_bound_ns=min(dual, known.value_ns), bound="milp")
         return known
 
-    def _partition(self, solution: np.typing.NDArray[np.float64]) -> Partition | None:
+    def _partition(self, solution: Floats) -> Partition | None:
         problem = self._problem
         chain = np.array([[solution[item] > 0.5 for item in row] for row in self._x]).T
         sizes = [0, *chain.sum(1).tolist()]
         nodes = [problem.nodes[int(np.argmax([solution[item] for item in row]))] for row in self._z]
         stages = [(a, b, (node,)) for a, b, node in zip(sizes, sizes[1:], nodes) if a < b]
-        bound, name = slice_graph.lower_bound(problem)
+        bound, name = lower_bound(problem)
         try:
             return evaluate(
                 problem, self._arrays.stage_order(chain), stages, lower_bound_ns=bound, bound=name, solver="milp"

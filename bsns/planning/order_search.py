@@ -12,14 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bsns.planning.chain import NEVER, Chain, Integers, rate_ns
 from bsns.planning.exact_chain import Stages, budget
 
+Truths = NDArray[np.bool_]
+
 _NEIGHBOURS: Final = 96
 _PATIENCE: Final = 12
 """Neighbourhoods without progress after which the search ends."""
-_ROUNDS: Final = 400
+_FILLS: Final = 64
+"""Times that a set of orders may be filled, and once more for each node."""
+_COARSE: Final = 4_096
+"""The search compares orders by thresholds known up to this part of them; the last order's is exact."""
 _SLICE_WORK: Final = 400_000_000
 """Table cells that dynamic programmes over single orders may compute in all."""
 _TOLERANCE: Final = 1e-12
@@ -45,7 +51,11 @@ class OrderSearch:
         self._hop = chain.transfers(reference)
         np.fill_diagonal(self._hop, NEVER)
         self._stride = int(chain.prefix[:, -1].max()) + 1
-        self._flat = (chain.prefix + np.arange(chain.nodes, dtype=np.int64)[:, None] * self._stride).ravel()
+        # All nodes' times in one sorted array, each behind those of the node before it.
+        self._flat: Integers = (chain.prefix + np.arange(chain.nodes, dtype=np.int64)[:, None] * self._stride).ravel()
+        self._reach: Integers = chain.reach.ravel()
+        self._fills = _FILLS + chain.nodes
+        self._limit = self._most()
         mean = chain.prefix.mean(axis=0)
         self._progress = mean / max(float(mean[-1]), 1.0)
 
@@ -55,7 +65,7 @@ class OrderSearch:
         `starts`: orders of nodes to begin from, besides those by speed and memory. The stages' nodes are numbers.
         """
         orders = self._starts(starts)
-        values = self._least(orders, 0, int(self._chain.prefix[:, -1].max()) * 2 + 2 * int(self._worst_hop()))
+        values = self._least(orders, 0, self._limit)
         pick = int(values.argmin())
         order, value = orders[pick], int(values[pick])
         if value >= NEVER:
@@ -75,99 +85,101 @@ class OrderSearch:
 
         The cut reached in each row (all units: a partition), the ends of its stages, and its slowest stage.
         """
+        self._fills -= 1
         n, r, rows = self._chain.units, self._replicas, len(orders)
-        at = np.zeros(rows, dtype=np.int64)
-        received = np.zeros(rows, dtype=np.int64)
-        alive = np.ones(rows, dtype=bool)
-        ends = np.full((rows, self._stages), n, dtype=np.int64)
-        slowest = np.zeros(rows, dtype=np.int64)
-        for stage in range(self._stages):
-            group = orders[:, stage * r : stage * r + r]
-            final = stage + 1 == self._stages
-            most = n if self._exactly is None or final else n - (self._exactly - stage - 1)
-            end = self._extent(group, at, thresholds, received)
-            sent = np.zeros(rows, dtype=np.int64)
-            if most < n:
-                end = np.minimum(end, most)
-            if not final:
-                hop = self._between(group, orders[:, stage * r + r : stage * r + 2 * r])
-                goes_on = end < n
-                short = self._extent(group, at, thresholds, received + hop)
-                end = np.where(goes_on, np.minimum(short, most), end)
-                sent = np.where(goes_on, hop, 0)
-            alive &= (end > at) | (at == n)
-            end = np.where(alive, end, at)
+        at, received, slowest = (np.zeros(rows, dtype=np.int64) for _ in range(3))
+        ends = np.full((self._stages, rows), n, dtype=np.int64)
+        groups = orders[:, : self._stages * r].T.reshape(self._stages, r, rows)
+        hops = self._hop[groups[:-1, :, None, :], groups[1:, None, :, :]].max(axis=(1, 2))
+        for stage, group in enumerate(groups):
+            # A stage that can take all that is left need not send.
+            if self._exactly is None or stage + 1 == self._exactly:
+                whole = self._fits(group, at, np.full(rows, n, dtype=np.int64), thresholds, received)
+            else:
+                whole = np.zeros(rows, dtype=bool)
+            end = sent = np.zeros(rows, dtype=np.int64)
+            if stage + 1 < self._stages:
+                sent = np.where(whole, 0, hops[stage])
+                end = self._extent(group, at, thresholds, received + sent)
+                if self._exactly is not None:
+                    end = np.minimum(end, n - (self._exactly - stage - 1))
+            end = np.where(whole, n, np.maximum(end, at))
+            going = end > at
             if r == 1:
-                cost = self._chain.prefix[group[:, 0], end] - self._chain.prefix[group[:, 0], at] + received + sent
-                if not self._simple:
-                    cost += self._overflow(group[:, 0], at, end)
-                slowest = np.where(end > at, np.maximum(slowest, cost), slowest)
-            at = end
-            ends[:, stage] = np.where(alive, at, n)
-            received = sent
-            if not (alive & (at < n)).any():
+                cost = self._run(group[0], at, end) + received + sent
+                slowest = np.where(going, np.maximum(slowest, cost), slowest)
+            ends[stage] = end
+            if not going.any():
                 break
-        return at, ends, slowest if r == 1 else thresholds
+            # A row that is stuck stays so: its next stage has no time left.
+            at, received = end, np.where(going | (at == n), sent, NEVER)
+        return at, ends.T, slowest if r == 1 else thresholds
+
+    def _fits(self, group: Integers, at: Integers, end: Integers, thresholds: Integers, transfer: Integers) -> Truths:
+        """Whether runs [at, end) on `group` (replicas, rows), with `transfer` beside them, keep the thresholds."""
+        reach = self._reach[group * (self._chain.units + 1) + at].min(axis=0)
+        holds: Truths = reach >= end
+        if len(group) == 1:
+            return holds & (self._run(group[0], at, end) + transfer <= thresholds)
+        rate = np.zeros(len(at))
+        for node in group:
+            rate += thresholds / np.maximum(self._run(node, at, end) + transfer, 0.5)
+        return holds & (rate >= 1 - _TOLERANCE)
 
     def _extent(self, group: Integers, at: Integers, thresholds: Integers, transfer: Integers) -> Integers:
-        """The largest end of a stage on `group` (rows, replicas) from `at`, with `transfer` beside its run."""
-        chain = self._chain
+        """The largest end of a stage on `group` (replicas, rows) from `at`; at most `at` where it can take nothing."""
+        width = self._chain.units + 1
         if self._simple:
-            node = group[:, 0]
-            allowance = thresholds - transfer
-            most = np.minimum(np.maximum(chain.prefix[node, at] + allowance, 0), self._stride - 1)
-            end = np.searchsorted(self._flat, most + node * self._stride, side="right") - 1 - node * (chain.units + 1)
-            return np.where(allowance >= 0, np.maximum(np.minimum(end, chain.reach[node, at]), at), at)
-        low, high = at, chain.reach[group, at[:, None]].min(axis=1)
+            base = group[0] * width
+            most = np.minimum(self._flat[base + at] + thresholds - transfer, (group[0] + 1) * self._stride - 1)
+            end: Integers = np.searchsorted(self._flat, most, side="right") - 1 - base
+            return np.minimum(end, self._reach[base + at])
+        low, high = at, self._reach[group * width + at].min(axis=0)
         while (low < high).any():  # costs grow with the end
             middle = (low + high + 1) // 2
-            cost = [
-                chain.prefix[node, middle] - chain.prefix[node, at] + self._overflow(node, at, middle) + transfer
-                for node in group.T
-            ]
-            if len(cost) == 1:
-                within = cost[0] <= thresholds
-            else:
-                rate = np.zeros(len(at))
-                for item in cost:
-                    rate += thresholds / np.maximum(item, 0.5)
-                within = rate >= 1 - _TOLERANCE
-            low, high = np.where(within, middle, low), np.where(within, high, middle - 1)
+            fits = self._fits(group, at, middle, thresholds, transfer)
+            low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
         return low
+
+    def _run(self, node: Integers, at: Integers, end: Integers) -> Integers:
+        base = node * (self._chain.units + 1)
+        time: Integers = self._flat[base + end] - self._flat[base + at]
+        return time if self._simple or not self._chain.host.any() else time + self._overflow(node, at, end)
 
     def _overflow(self, node: Integers, first: Integers, end: Integers) -> Integers:
         chain = self._chain
-        if not chain.host.any():
-            return np.zeros(len(node), dtype=np.int64)
         memory = np.where(first < end, chain.memory[np.minimum(first, chain.units - 1), end], 0)
         beyond = np.where(chain.host[node] > 0, np.maximum(memory - chain.room[node], 0), 0)
         return rate_ns(beyond, np.maximum(chain.host[node], 1))
 
-    def _between(self, senders: Integers, receivers: Integers) -> Integers:
-        return self._hop[senders[:, :, None], receivers[:, None, :]].max(axis=(1, 2))
-
-    def _least(self, orders: Integers, low: int, high: int) -> Integers:
-        """The least threshold at which each order holds all units; NEVER where even `high` is not enough."""
+    def _least(self, orders: Integers, low: int, high: int, *, coarse: int = _COARSE) -> Integers:
+        """A threshold at which each order holds all units, at most 1/`coarse` above the least one (0: the least), for
+        those that may be the best; NEVER where even `high` is not enough.
+        """
         reached, _, slowest = self._fill(orders, np.full(len(orders), high, dtype=np.int64))
         done = reached == self._chain.units
         best = np.where(done, np.minimum(slowest, high), NEVER)
-        lows, highs = np.full(len(orders), low, dtype=np.int64), np.where(done, best, low)
-        while (rows := np.flatnonzero(lows < highs)).size:
-            # Only an order that may still be the best is worth the exact value.
-            rows = rows[lows[rows] <= int(best.min())]
+        lows = np.full(len(orders), low, dtype=np.int64)
+        while True:
+            gap = np.maximum(lows // coarse, 1) if coarse else 1
+            rows = np.flatnonzero(done & (best - lows >= gap) & (lows <= int(best.min())))
             if not rows.size:
-                break
-            middle = (lows[rows] + highs[rows]) // 2
+                return best
+            middle = (lows[rows] + best[rows]) // 2
             reached, _, slowest = self._fill(orders[rows], middle)
             held = reached == self._chain.units
-            highs[rows] = np.where(held, np.minimum(slowest, middle), highs[rows])
+            best[rows] = np.where(held, np.minimum(slowest, middle), best[rows])
             lows[rows] = np.where(held, lows[rows], middle + 1)
-            best[rows] = highs[rows]
-        return best
 
-    def _worst_hop(self) -> int:
-        hops = self._hop[self._hop < NEVER]
-        return int(hops.max()) if hops.size else 0
+    def _most(self) -> int:
+        """More than any stage can take."""
+        chain = self._chain
+        hops = chain.transfers(int(chain.sizes[-1])) if chain.units > 1 else self._hop
+        slowest = int(chain.prefix[:, -1].max()) + 2 * int(hops[hops < NEVER].max(initial=0))
+        everything = np.zeros(chain.nodes, dtype=np.int64)
+        if chain.host.any():
+            slowest += int(self._overflow(np.arange(chain.nodes), everything, everything + chain.units).max())
+        return slowest
 
     # ------------------------------------------------------------------------------------------ orders of nodes
 
@@ -201,42 +213,30 @@ class OrderSearch:
         return tour
 
     def _neighbours(self, order: Integers) -> Integers:
-        """Orders one swap, move or reversal away; node numbers by row."""
+        """Orders one swap, reversal or move away; node numbers by row."""
         m = len(order)
-        if m == 1:
-            return order[None, :]
-        kinds = self._random.randint(0, 4, _NEIGHBOURS)
-        places = self._random.randint(0, m, (_NEIGHBOURS, 2))
-        rows = np.repeat(order[None, :], _NEIGHBOURS, axis=0)
-        swaps = kinds < 2
-        index = np.flatnonzero(swaps)
-        a, b = places[index, 0], places[index, 1]
-        rows[index, a], rows[index, b] = order[b], order[a]
-        for row in np.flatnonzero(~swaps):
-            low, high = sorted(places[row])
-            if kinds[row] == 2:
-                rows[row, low : high + 1] = order[low : high + 1][::-1]
-            else:
-                step = 1 if places[row, 0] == low else -1
-                rows[row, low : high + 1] = np.roll(order[low : high + 1], step)
-        return rows
+        kind = self._random.randint(0, 5, _NEIGHBOURS)[:, None]
+        ends = np.sort(self._random.randint(0, m, (_NEIGHBOURS, 2)), axis=1)
+        low, high, place = ends[:, :1], ends[:, 1:], np.arange(m)[None, :]
+        swapped = np.where(place == low, high, np.where(place == high, low, place))
+        inside = (place >= low) & (place <= high)
+        forward = np.where(place == high, low, place + 1)
+        backward = np.where(place == low, high, place - 1)
+        moved = np.select([kind == 2, kind == 3], [low + high - place, forward], backward)
+        return order[np.where(kind < 2, swapped, np.where(inside, moved, place))]
 
     def _any(self, orders: Integers) -> tuple[Integers, int]:
         """An order that holds all units at any price, by a search for reach; its value is NEVER if none is found."""
-        limit = int(self._chain.prefix[:, -1].max()) * 2 + 2 * self._worst_hop()
-        if self._chain.host.any():
-            everything = np.zeros(self._chain.nodes, dtype=np.int64)
-            limit += int(self._overflow(np.arange(self._chain.nodes), everything, everything + self._chain.units).max())
-        reached, _, _ = self._fill(orders, np.full(len(orders), limit, dtype=np.int64))
-        order, _ = self._climb(orders[int(reached.argmax())], limit)
-        return order, int(self._least(order[None, :], 0, limit)[0])
+        reached, _, _ = self._fill(orders, np.full(len(orders), self._limit, dtype=np.int64))
+        order, _ = self._climb(orders[int(reached.argmax())], self._limit)
+        return order, int(self._least(order[None, :], 0, self._limit)[0])
 
     def _climb(self, order: Integers, threshold: int) -> tuple[Integers, bool]:
         """Change `order` until it holds all units within `threshold`, by how far it gets; whether it does."""
         n = self._chain.units
         reached = self._reached(order[None, :], threshold)[0]
         idle = 0
-        while idle < _PATIENCE and not self._tick():
+        while idle < _PATIENCE and self._fills > 0 and not self._tick():
             rows = self._neighbours(order)
             ends = self._reached(rows, threshold)
             pick = int(ends.argmax())
@@ -257,14 +257,12 @@ class OrderSearch:
 
     def _improve(self, order: Integers, value: int, least: int) -> tuple[Integers, int]:
         """Lower the threshold under the order until the search finds none that holds all units."""
-        for _ in range(_ROUNDS):
-            if value <= least or self._tick():
-                break
+        while value > least and not self._tick():
             found, done = self._climb(order, value - 1)
             if not done:
                 break
             order, value = found, int(self._least(found[None, :], least, value - 1)[0])
-        return order, value
+        return order, int(self._least(order[None, :], least, value, coarse=0)[0])
 
     def _fill_one(self, order: Integers, value: int) -> Stages:
         _, ends, _ = self._fill(order[None, :], np.array([value], dtype=np.int64))
@@ -280,13 +278,10 @@ class OrderSearch:
 
     def _correct(self, orders: Integers, order: Integers, bound: Callable[[int], int]) -> tuple[Stages | None, int]:
         """The search again, with the true width of every cut: fewer orders, each cut by the dynamic programme."""
-        high = 2 * int(self._chain.prefix[:, -1].max()) + 4 * int(
-            sum(int(hops[hops < NEVER].max(initial=0)) for hops in [self._chain.transfers(int(self._chain.sizes[-1]))])
-        )
         best: Stages | None = None
         spent = 0
         for candidate in [order, *orders]:
-            best, spent = self._slice(candidate, high)
+            best, spent = self._slice(candidate, self._limit)
             if best is not None:
                 order = candidate
                 break

@@ -29,6 +29,7 @@ from bsns.planning.problem import (
     Problem,
     evaluate,
 )
+import itertools
 
 _POWER: Final = 24.0
 """Stages' costs are compared by the sum of their powers: nearly their maximum, but one sees which moves help next."""
@@ -60,7 +61,7 @@ class Refinement:
         self._throughput = problem.objective is Objective.THROUGHPUT
         row = {node.node: number for number, node in enumerate(problem.nodes)}
         self._times = problem.times[[row[node.node] for node in nodes]].astype(np.float64)
-        links = [problem.links.between(a.node, b.node) for a, b in zip(nodes, nodes[1:])]
+        links = [problem.links.between(a.node, b.node) for a, b in itertools.pairwise(nodes)]
         self._receive = [_terms(None), *map(_terms, links)]
         self._send = [*map(_terms, links), _terms(None)]
         self._power = _POWER if self._throughput else 1.0
@@ -102,7 +103,7 @@ class Refinement:
     # --------------------------------------------------------------------------------------------------- annealing
 
     def _anneal(self, chain: Bits, value: float, effort: Effort) -> Bits:
-        """Random moves of one operator to the stage before or after its own, if its neighbours in the graph allow it."""
+        """Random moves of one operator to the stage before or after its own, if the graph allows it."""
         arrays, count = self._arrays, len(self._nodes)
         stage = [int(item) for item in (~chain[1:]).sum(0)]
         times = self._times.tolist()
@@ -234,7 +235,7 @@ class Refinement:
         """
         value = np.zeros(1)
         steps = []
-        for number, (before, after) in enumerate(zip(families, families[1:])):
+        for number, (before, after) in enumerate(itertools.pairwise(families)):
             cost = self._costs(number, before, after)
             if power is not None:
                 joined = value[:, None] + np.minimum(cost / reference, 4.0) ** power
@@ -257,7 +258,7 @@ class Refinement:
         """Cost of stage `number` between any two ideals; infinite if they are not nested."""
         received, sent = self._arrays.transfers(before, after)
         times = self._times[number]
-        cost = (after @ times)[None, :] - (before @ times)[:, None]
+        cost: Floats = (after @ times)[None, :] - (before @ times)[:, None]
         for size, (latency, rate) in ((received, self._receive[number]), (sent, self._send[number])):
             if size is received or self._throughput:
                 cost += size * rate if not math.isinf(rate) else np.where(size > 0, np.inf, 0)

@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 from bsns.planning import chain_bound, exact_chain
-from bsns.planning.chain import NEVER, Chain
+from bsns.planning.chain import NEVER, Chain, rate_ns
 from bsns.planning.exact_chain import ExactChain, Stages
 from bsns.planning.order_search import OrderSearch
 from bsns.planning.problem import Objective, Partition, PlanningError, Problem, evaluate
@@ -75,6 +75,7 @@ class _Run:
         self._seed = seed
         self._late = late
         self._exact = exact_chain.work(chain) <= exact_work
+        self._recursion = _recursion(chain, DEFAULT_WEIGHTS)
 
     def latency(self) -> Partition:
         problem, chain = self._problem, self._chain
@@ -93,7 +94,7 @@ class _Run:
         walk = chain_bound.walk(chain, exclusive=True)
         search = OrderSearch(chain, seed=self._seed, value=self._value, tick=self._late)
         filled, _ = search.best(self._first_orders(), lambda value: value)
-        best = self._accept([walk[1] if walk is not None else None, filled, _recursion(chain, DEFAULT_WEIGHTS)])
+        best = self._accept([walk[1] if walk is not None else None, filled, self._recursion])
         if best is None:
             raise problem.infeasible()
         return self._finish(best, lower, argument, "sequential: walk")
@@ -108,7 +109,7 @@ class _Run:
             return bounds["found"][0]
 
         found, _ = search.best(self._first_orders(), bound)
-        best = self._accept([found, _recursion(chain, DEFAULT_WEIGHTS)])
+        best = self._accept([found, self._recursion])
         if best is not None:
             best = self._spread(best)
         if problem.terms.spread_leftover and problem.terms.maximum_assignments > problem.terms.replicas:
@@ -150,10 +151,9 @@ class _Run:
         return self._finish(best, lower, "exact dynamic programme", "sequential: exact")
 
     def _first_orders(self) -> list[list[int]]:
-        stages = _recursion(self._chain, DEFAULT_WEIGHTS)
-        if stages is None:
+        if self._recursion is None:
             return []
-        used = [node for _, _, nodes in stages for node in nodes]
+        used = [node for _, _, nodes in self._recursion for node in nodes]
         return [used + [node for node in range(self._chain.nodes) if node not in used]]
 
     def _value(self, stages: Stages) -> int:
@@ -237,43 +237,39 @@ def _recursion(chain: Chain, weights: RecursionWeights) -> Stages | None:
         return None
     stages: Stages = []
     free = np.ones(chain.nodes, dtype=bool)
-    current, first = -1, 0
-    queue = 0
-    hard = not chain.host.any()
+    room = int(chain.room.sum())
+    current, first, queue = -1, 0, 0
+    hop = chain.transfers(int(chain.sizes[0])) if chain.units > 1 else None
     for unit in range(n):
-        best: tuple[int, int] | None = None
-        behind = int(chain.memory[unit, n])
-        for node in range(chain.nodes):
-            if node != current and not free[node]:
-                continue
-            begin = first if node == current else unit
-            if chain.reach[node, begin] < unit + 1:
-                continue
-            others = free.copy()
-            others[node] = False
-            room = int(chain.room[others].sum()) + int(chain.room[node] - chain.memory[begin, unit])
-            if hard and room < behind:
-                continue
-            link = 0
-            if node != current and current >= 0:
-                link = int(chain.transfers(int(chain.cuts[unit]))[current, node])
-                if link >= NEVER or len(stages) + 2 > problem.maximum_stages:
-                    continue
-            overflow = 0
-            if chain.host[node]:
-                overflow = int(chain.overflowing(node, unit + 1)[begin] - chain.prefix[node, unit + 1])
-                overflow += int(chain.prefix[node, begin])
-            compute = int(problem.times[node, unit]) + (queue if node == current else 0)
-            cost = weights.link * link + weights.compute * compute + weights.overflow * overflow
-            if best is None or cost < best[0]:
-                best = (cost, node)
-        if best is None:
+        behind = 0 if chain.host.any() else int(chain.memory[unit, n])
+        cost = weights.compute * problem.times[:, unit]
+        if chain.host.any():
+            beyond = np.maximum(chain.memory[unit, unit + 1] - chain.room, 0)
+            overflow = rate_ns(beyond, np.maximum(chain.host, 1))
+            cost = cost + weights.overflow * np.where(chain.host > 0, overflow, 0)
+        possible = free & (chain.reach[:, unit] > unit) & (room >= behind)
+        if current >= 0:
+            if not chain.even:
+                hop = chain.transfers(int(chain.cuts[unit]))
+            assert hop is not None
+            cost = cost + weights.link * np.minimum(hop[current], NEVER)
+            possible &= (hop[current] < NEVER) & (len(stages) + 2 <= problem.maximum_stages)
+            left = room + int(chain.room[current] - chain.memory[first, unit])
+            possible[current] = chain.reach[current, first] > unit and left >= behind
+            cost[current] = weights.compute * (queue + int(problem.times[current, unit]))
+            if chain.host[current]:
+                streamed = chain.overflowing(current, unit + 1)[first]
+                streamed -= chain.prefix[current, unit + 1] - chain.prefix[current, first]
+                cost[current] += weights.overflow * int(streamed)
+        if not possible.any():
             return None
-        if best[1] != current:
+        chosen = int(np.where(possible, cost, 4 * NEVER - 1).argmin())
+        if chosen != current:
             if current >= 0:
                 stages.append((first, unit, (current,)))
-            current, first, queue = best[1], unit, 0
+            current, first, queue = chosen, unit, 0
             free[current] = False
+            room -= int(chain.room[current])
         queue += int(problem.times[current, unit])
     return [*stages, (first, n, (current,))]
 

@@ -28,7 +28,7 @@ from bsns.planning.problem import (
     evaluate,
 )
 
-INFEASIBLE: Final = 2**62
+INFEASIBLE: Final = 2**61
 """Cost of what is no stage, in nanoseconds."""
 _SKIPPED: Final = -1
 """Choice of a group that holds no stage."""
@@ -61,8 +61,8 @@ class SegmentTables:
         self._row = {node.node: number for number, node in enumerate(problem.nodes)}
 
     def _direct(self, arrays: GraphArrays) -> tuple[Integers, Integers]:
-        """A tensor made at p and read at c1 < c2 < … is received by [l, r) if ci < r for the first ci at or after l, and
-        l > p: for every i a rectangle of (l, r). It is sent if l <= p < r <= the last c: one rectangle.
+        """A tensor made at p and read at c1 < c2 < … is received by [l, r) if l > p and ci < r for the first ci at or
+        after l: for every i a rectangle of (l, r). It is sent if l <= p < r <= the last c: one rectangle.
         """
         count = self._count
         position = np.empty(count, np.int64)
@@ -126,7 +126,7 @@ class SegmentTables:
         """Compute plus overflow of [l, r) on a node, INFEASIBLE where it does not fit."""
         row = self._problem.times[self._row[node.node]][self._order]
         total = np.concatenate([[0], np.cumsum(row)])
-        table = total[None, :] - total[:, None]
+        table: Integers = total[None, :] - total[:, None]
         if self._whole > node.memory_bytes:
             beyond = np.maximum(self.memory - node.memory_bytes, 0)
             if node.host_bytes_per_second:
@@ -142,8 +142,8 @@ class SegmentTables:
     def stage(
         self, nodes: Sequence[PlanningNode], before: Sequence[PlanningNode], after: Sequence[PlanningNode]
     ) -> Integers:
-        """Effective nanoseconds of every [l, r) on `nodes`, between the stages on `before` and `after` (none at the ends
-        of the chain); INFEASIBLE where l >= r.
+        """Effective nanoseconds of every [l, r) on `nodes`, between the stages on `before` and `after`; INFEASIBLE where
+        l >= r.
         """
         receive = self._transfer(self._received, before, nodes)
         throughput = self._problem.objective is Objective.THROUGHPUT
@@ -167,14 +167,14 @@ class SegmentTables:
         found[self._no_stage] = INFEASIBLE
         return found
 
-    def _transfer(
-        self, size: Integers, senders: Sequence[PlanningNode], receivers: Sequence[PlanningNode]
-    ) -> Integers:
+    def _transfer(self, size: Integers, senders: Sequence[PlanningNode], receivers: Sequence[PlanningNode]) -> Integers:
         slowest = np.zeros_like(size)
         for link in {self._problem.links.between(a.node, b.node) for a in senders for b in receivers}:
             if link is None:
                 return np.where(size > 0, INFEASIBLE, 0)
-            np.maximum(slowest, np.where(size > 0, link.latency_ns + _duration(size, link.bytes_per_second), 0), out=slowest)
+            np.maximum(
+                slowest, np.where(size > 0, link.latency_ns + _duration(size, link.bytes_per_second), 0), out=slowest
+            )
         return slowest
 
 
@@ -184,8 +184,8 @@ def slice_order(
     """The best slicing of `order` over `groups`, each the nodes of one stage, in this order; None if there is none.
 
     D[j][r], the best value of positions [0, r) on the first j groups, is the least over l of the larger of (or the sum
-    of) D[j-1][l] and the cost of [l, r). D[j][·] is not monotone, as a longer prefix may end at a narrower cut, so that
-    no search over l is cut short: O(k n²) in whole-table operations.
+    of) D[j-1][l] and the cost of [l, r). D[j][·] is not monotone, as a longer prefix may end at a narrower cut, so
+    that no search over l is cut short: O(k n²) in whole-table operations.
     """
     tables = SegmentTables(problem, arrays, order)
     count, stage_count = arrays.count, problem.terms.stage_count
@@ -278,4 +278,5 @@ def _duration(size: Integers, per_second: int) -> Integers:
         return seconds * SECOND_NS - (-rest * SECOND_NS // per_second)
     if size.max(initial=0) < 2**33:
         return -(-size * SECOND_NS // per_second)
-    return (-(-size.astype(object) * SECOND_NS // per_second)).astype(np.int64)
+    exact: Integers = (-(-size.astype(object) * SECOND_NS // per_second)).astype(np.int64)
+    return exact

@@ -22,7 +22,7 @@ struct Plan {
     uint128 feePerToken;
     /// Merkle root over the assignments.
     bytes32 root;
-    /// Hash of the measurements the plan was computed from: anyone can recompute the plan.
+    /// keccak256 of the planning record: all that the planner was given, so that anyone can recompute the plan.
     bytes32 measurementsHash;
 }
 
@@ -51,6 +51,7 @@ interface IShardAssignments {
     error ExecutionClassMissing(uint256 index);
     error FeeOutOfRange(uint256 minimum, uint256 actual);
     error ActivationDelayOutOfRange(uint256 maximum, uint256 actual);
+    error DocumentTooLarge(uint256 maximum, uint256 actual);
 
     event ModelRegistered(
         ModelId indexed modelId,
@@ -72,17 +73,27 @@ interface IShardAssignments {
         bytes32 measurementsHash,
         Assignment[] assignments
     );
+    /// @dev The document itself lies in the log: who finds the hash elsewhere on chain needs nobody to read what it stands for.
+    event DocumentAnnounced(bytes32 indexed documentHash, bytes document);
 
     /// @param name for people, at most 64 bytes are meaningful; only emitted.
     function registerModel(bytes32 manifestHash, bytes32 weightRoot, uint32 unitCount, string calldata name)
         external
         returns (ModelId modelId);
 
+    /// @notice Put a document where everybody finds it by its hash: the manifest of a model (`manifestHash`) or the planning record of a
+    ///         plan (`measurementsHash`). Anyone may announce anything, again and again: only the hash says what a document is.
+    /// @param document at most 96 KiB; what is larger must be fetched elsewhere and compared with its hash.
+    /// @return documentHash keccak256 of `document`.
+    function announce(bytes calldata document) external returns (bytes32 documentHash);
+
     /// @notice Publish a plan for `modelId` under the sender's address.
     /// @dev `assignments` sorted by (stage, replica), both counted from 0 without gaps; all replicas of a stage have the same unit
     ///      range; stages are contiguous from unit 0 to unitCount. `consents[i]` is the signature of `assignments[i].node` over EIP-712
     ///      `PlanConsent(bytes32 modelId,address publisher,uint64 epoch,uint128 feePerToken,bytes32 measurementsHash,bytes32 planRoot,uint256 deadline)`
     ///      under domain {name "bsns ShardAssignments", version "1", chainId, verifyingContract}. Nodes must be Pending or Active.
+    ///      `measurementsHash` is keccak256 of the planning record (docs/protocol.md): every node's signed measurements and the terms of
+    ///      the planner. Nothing here can check a plan against it; whoever has the record can.
     ///      The root is the OpenZeppelin-style Merkle tree with sorted pairs over the leaves in the given order; a lone node is
     ///      promoted unchanged (see MerkleTree library).
     function publishPlan(

@@ -1,32 +1,34 @@
 """From measurements to a plan on chain: gather nodes, plan, collect every node's consent, publish.
 
-Owns the one offer in progress for one model. Promises that what is published is what the planner gave for
-measurements that are stored under the hash the plan carries, and that every assigned node signed that very root. A
-node that refuses or stays silent is left out of the next attempt for a while. A plan is replaced only when a stage
-has had no live replica for longer than the limit. Nothing here survives a restart, and nothing needs to: without a
-published plan the offer is made again.
+Owns the one offer in progress for one model. Promises that what is published is what the planner gave for the planning
+record stored under the hash that the plan carries, that record and manifest are announced on chain before the plan if
+they are small enough, and that every assigned node signed that very root. A node that refuses or stays silent is left
+out of the next attempt for a while. A plan is replaced only when a stage has had no live replica for longer than the
+limit. Nothing here survives a restart, and nothing needs to: without a published plan the offer is made again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
 
 from bsns.chain.client import ChainClient
+from bsns.planning import Objective, Partition, Transfers
+from bsns.planning.measured import NEWCOMER_LINK
+from bsns.planning.published import PLANNER, PLANNER_VERSION, plan_of_record
 from bsns.protocol.contract_states import NodeStatus
-from bsns.protocol.identifiers import ProtocolError, model_id
+from bsns.protocol.identifiers import ModelId, ProtocolError, keccak256, model_id
 from bsns.protocol.manifest import ModelManifest
-from bsns.protocol.measurements import NodeMeasurements, measurements_hash
 from bsns.protocol.plan import ShardPlan
+from bsns.protocol.planning_record import MAXIMUM_ANNOUNCED_BYTES, PlanningRecord, SignedMeasurements
 from bsns.protocol.typed_data import PLAN_CONSENT, Domain, is_signed_by, signing_digest
 from bsns.v1 import common_pb2, coordination_pb2
 from coordinator.dispatch.node_pool import NodePool
 from coordinator.network_state import PlanState
-from coordinator.planning import PlanningError, capability_of, plan_chain, to_shard_plan, unit_costs
 from coordinator.storage import Intent, IntentState, Storage
 from coordinator.transaction_outbox import TransactionOutbox, WorkerThread
 
@@ -39,7 +41,8 @@ _log = structlog.get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class PlanPolicy:
     """What the operator decides. The first plan waits for `minimum_nodes`, a replacement for
-    `replacement_minimum_nodes`.
+    `replacement_minimum_nodes`. `batch` is how many sessions share a step in the measured times that are planned with;
+    the prior link stands for pairs of nodes that have not measured each other. The rest: bsns.planning.Terms.
     """
 
     fee_per_token: int
@@ -47,8 +50,14 @@ class PlanPolicy:
     replacement_minimum_nodes: int = 1
     stage_count: int | None = None
     replicas: int = 1
+    spread_leftover: bool = True
+    objective: Objective = Objective.THROUGHPUT
     concurrent_sessions: int = 4
     session_tokens: int = 2_048
+    seed: int = 0
+    batch: int = 1
+    prior_latency_ns: int = NEWCOMER_LINK.latency_ns
+    prior_bytes_per_second: int = NEWCOMER_LINK.bytes_per_second
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ class PublicationLimits:
 class _Offer:
     plan: ShardPlan
     epoch: int
-    measurements_hash: bytes
+    record: PlanningRecord
     deadline: int
     made_at: float
     message: coordination_pb2.AttachResponse
@@ -79,18 +88,28 @@ class _Offer:
         return {str(item.node) for item in self.plan.assignments}
 
 
-def compute_plan(
-    manifest: ModelManifest, measurements: Mapping[str, NodeMeasurements], policy: PlanPolicy
-) -> ShardPlan:
-    """The plan that `measurements` give, nodes in ascending order of their address. Pure: anyone can repeat it.
+def planning_record(model: ModelId, measurements: Iterable[SignedMeasurements], policy: PlanPolicy) -> PlanningRecord:
+    """What this release's planner is given for `policy`: every node considered, also one that will get nothing.
 
-    Raises PlanningError.
+    ProtocolError if there are no measurements, or too many to record.
     """
-    units = unit_costs(manifest, concurrent_sessions=policy.concurrent_sessions, session_tokens=policy.session_tokens)
-    ordered = sorted(measurements.values(), key=lambda item: bytes.fromhex(item.node[2:]))
-    capabilities = [capability_of(item) for item in ordered]
-    partition = plan_chain(units, capabilities, stage_count=policy.stage_count, replicas=policy.replicas)
-    return to_shard_plan(partition)
+    return PlanningRecord(
+        planner=PLANNER,
+        planner_version=PLANNER_VERSION,
+        model=model,
+        objective=policy.objective,
+        stage_count=policy.stage_count,
+        replicas=policy.replicas,
+        spread_leftover=policy.spread_leftover,
+        concurrent_sessions=policy.concurrent_sessions,
+        session_tokens=policy.session_tokens,
+        transfers=Transfers.RELAYED,  # what our nodes do
+        seed=policy.seed,
+        batch=policy.batch,
+        prior_latency_ns=policy.prior_latency_ns,
+        prior_bytes_per_second=policy.prior_bytes_per_second,
+        measurements=tuple(measurements),
+    )
 
 
 class PlanPublication:
@@ -126,6 +145,7 @@ class PlanPublication:
         self._uncovered_since: float | None = None
         self._not_before = 0.0
         self._publish_key: str | None = None
+        self._manifest_is_out = False
         self.waits_for: str | None = None
 
     async def step(self, now: int) -> None:
@@ -133,6 +153,8 @@ class PlanPublication:
         if await self._blocking(lambda: self._storage.model(self.model)) is None:
             await self._register()
             return
+        if not self._manifest_is_out:
+            self._manifest_is_out = await self._announce(self.manifest.to_bytes(), "the manifest file")
         plans = await self._blocking(lambda: self._storage.plans(self.model, self._outbox.sender))
         current = plans[-1] if plans else None
         if await self._is_publishing(current):
@@ -166,7 +188,7 @@ class PlanPublication:
                     self._outbox.sender,
                     offer.epoch,
                     self._policy.fee_per_token,
-                    offer.measurements_hash,
+                    offer.record.hash,
                     offer.plan.root,
                     offer.deadline,
                 ),
@@ -195,6 +217,26 @@ class PlanPublication:
         )
         key = f"registerModel/0x{self.model.hex()}"
         await self._outbox.want(Intent(key, "ShardAssignments", "registerModel", arguments))
+
+    async def _announce(self, document: bytes, where: str) -> bool:
+        """Have `document` on chain, where auditors look for it. Whether nothing is left to do: it lies there, or is too
+        large, in which case the log says which file (`where`) to give them.
+        """
+        digest = keccak256(document)
+        if len(document) > MAXIMUM_ANNOUNCED_BYTES:
+            _log.warning(
+                "document_too_large_to_announce",
+                model=self._name,
+                document="0x" + digest.hex(),
+                size_bytes=len(document),
+                maximum_bytes=MAXIMUM_ANNOUNCED_BYTES,
+                advice=f"auditors need a file: hand out {where}",
+            )
+            return True
+        if await self._blocking(lambda: self._storage.document(digest)) is not None:
+            return True
+        await self._outbox.want(Intent(f"announce/0x{digest.hex()}", "ShardAssignments", "announce", (document,)))
+        return False
 
     async def _is_publishing(self, current: PlanState | None) -> bool:
         """Whether a publishPlan intent is under way, or mined but not yet read back."""
@@ -239,6 +281,9 @@ class PlanPublication:
         clock = self._clock()
         self._left_out = {node: until for node, until in self._left_out.items() if until > clock}
         usable = {node: known[node] for node in sorted(serving - set(self._left_out)) if node in known}
+        for node in [node for node, item in usable.items() if not self._measured_all(item)]:
+            del usable[node]  # else one node could keep all others from a plan
+            self._leave_out(node, "its measurements do not cover every kind of unit of the model")
         minimum = self._policy.minimum_nodes if current is None else self._policy.replacement_minimum_nodes
         if len(usable) < max(minimum, 1):
             self.waits_for = f"nodes: {len(usable)} of {minimum} are attached, staked and measured"
@@ -247,21 +292,21 @@ class PlanPublication:
             self.waits_for = "the last nodes to join"
             return
         try:
-            plan = compute_plan(self.manifest, usable, self._policy)
-        except PlanningError as error:
+            record = planning_record(self.model, usable.values(), self._policy)
+            partition = await self._blocking(lambda: plan_of_record(record, self.manifest))
+            plan = partition.to_shard_plan()
+        except ProtocolError as error:  # a PlanningError, or measurements too large to record
             self.waits_for = f"a possible plan: {error}"
             self._not_before = clock + self._limits.failure_pause_seconds
             _log.warning("no_plan_possible", model=self._name, reason=str(error))
             return
-        # The set names every node that was considered, also those that got nothing: that is what the plan follows from.
-        digest = await self._blocking(lambda: self._storage.keep_measurement_set(list(usable.values())))
-        if digest != measurements_hash(usable.values()):
-            raise ProtocolError("the stored measurements are not those the plan was computed from")
+        await self._blocking(lambda: self._storage.keep_planning_record(record))
         epoch = int(await self._chain.call("ShardAssignments", "nextEpoch", self.model, self._outbox.sender))
         deadline = now + self._limits.consent_validity_seconds
-        self._offer = _Offer(plan, epoch, digest, deadline, clock, self._offer_message(plan, epoch, digest, deadline))
+        message = self._offer_message(plan, epoch, record.hash, deadline)
+        self._offer = _Offer(plan, epoch, record, deadline, self._clock(), message)
         self.waits_for = "the nodes' consents"
-        _log.info("plan_offered", model=self._name, epoch=epoch, nodes=len(self._offer.nodes), stages=plan.stage_count)
+        _log_offer(self._name, epoch, plan, partition)
         for node in sorted(self._offer.nodes):
             self._pool.tell(node, self._offer.message)
 
@@ -276,14 +321,16 @@ class PlanPublication:
         if not failed:
             return
         for node in failed:
-            self._left_out[node] = self._clock() + self._limits.refusal_pause_seconds
-            _log.warning(
-                "node_left_out",
-                model=self._name,
-                node=node,
-                reason=offer.refusals.get(node, "detached" if node in gone else "no answer to the offer"),
-            )
+            self._leave_out(node, offer.refusals.get(node, "detached" if node in gone else "no answer to the offer"))
         self._offer = None
+
+    def _leave_out(self, node: str, reason: str) -> None:
+        self._left_out[node] = self._clock() + self._limits.refusal_pause_seconds
+        _log.warning("node_left_out", model=self._name, node=node, reason=reason)
+
+    def _measured_all(self, signed: SignedMeasurements) -> bool:
+        measured = {item.unit_kind for item in signed.measurements.unit_timings}
+        return all(unit.timing_key in measured for unit in self.manifest.units)
 
     async def _publish(self, offer: _Offer) -> None:
         key = f"publishPlan/0x{self.model.hex()}/{offer.epoch}/{offer.plan.root.hex()[:16]}/{offer.deadline}"
@@ -291,7 +338,7 @@ class PlanPublication:
             self.model,
             offer.epoch,
             self._policy.fee_per_token,
-            offer.measurements_hash,
+            offer.record.hash,
             tuple(item.as_tuple() for item in offer.plan.assignments),
             offer.deadline,
             tuple(offer.consents[item.node] for item in offer.plan.assignments),
@@ -299,6 +346,10 @@ class PlanPublication:
         self._publish_key = key
         self._offer = None
         self._uncovered_since = None
+        # Intents are sent in the order they are wanted: who sees the plan finds its record already there.
+        await self._announce(
+            offer.record.to_bytes(), f"what `bsns-coordinator record 0x{offer.record.hash.hex()}` writes"
+        )
         await self._outbox.want(Intent(key, "ShardAssignments", "publishPlan", arguments))
 
     def _offer_message(
@@ -330,3 +381,19 @@ class PlanPublication:
     @property
     def _name(self) -> str:
         return self.manifest.name
+
+
+def _log_offer(name: str, epoch: int, plan: ShardPlan, partition: Partition) -> None:
+    _log.info(
+        "plan_offered",
+        model=name,
+        epoch=epoch,
+        nodes=len({item.node for item in plan.assignments}),
+        unused=len(partition.unused),
+        stages=plan.stage_count,
+        solver=partition.solver,
+        objective=partition.objective,
+        value_nanoseconds=partition.value_ns,
+        lower_bound_nanoseconds=partition.lower_bound_ns,
+        ratio=round(partition.ratio, 4),
+    )

@@ -36,8 +36,20 @@ contract GasTest is Swarm {
         vm.stopPrank();
         _newModel(8);
         vm.snapshotGasLastCall("Operators", "registerModel");
+        shards.announce(_document(10 * 1024));
+        vm.snapshotGasLastCall("Operators", "announce, 10 KiB");
+        shards.announce(_document(96 * 1024));
+        vm.snapshotGasLastCall("Operators", "announce, 96 KiB");
         _publish(_newModel(8), FEE, _chainOf(STAGES, 1));
         vm.snapshotGasLastCall("Operators", "publishPlan, 4 assignments");
+    }
+
+    /// @dev No zero bytes: those cost a quarter.
+    function _document(uint256 size) private pure returns (bytes memory document) {
+        document = new bytes(size);
+        for (uint256 i = 0; i < size; i++) {
+            document[i] = 0xff;
+        }
     }
 
     function test_gas_disputes() public {

@@ -145,6 +145,7 @@ contract RolesTest is Swarm {
     function test_ROLE_01_ShardAssignments() public {
         address target = address(shards);
         _check("registerModel", ANYBODY, target, abi.encodeCall(IShardAssignments.registerModel, ("m", "w", 1, "name")));
+        _check("announce", ANYBODY, target, abi.encodeCall(IShardAssignments.announce, ("document")));
         ModelId model = shards.planOf(_plan).modelId;
         Assignment[] memory plan = _chainOf(2, 0);
         bytes[] memory consents = _consents(
@@ -168,7 +169,7 @@ contract RolesTest is Swarm {
             shards.publishPlan(model, 1, FEE, MEASUREMENTS, plan, block.timestamp, consents);
         }
         vm.revertToState(state);
-        assertEq(_checked, 1);
+        assertEq(_checked, 2);
     }
 
     function test_ROLE_01_InferenceEscrow() public {

@@ -77,6 +77,32 @@ contract ShardAssignmentsTest is ShardAssignmentsScenario {
         shards.modelOf(unknown);
     }
 
+    // -------------------------------------------------------------------------------------------------------- documents
+
+    function test_announce_byAnybody_emitsTheDocumentUnderItsHash() public {
+        bytes memory document = bytes("manifest");
+        for (uint256 i = 0; i < 2; i++) {
+            vm.expectEmit(address(shards));
+            emit IShardAssignments.DocumentAnnounced(keccak256("manifest"), document);
+            vm.prank(requester);
+            assertEq(shards.announce(document), keccak256("manifest"), "again and again");
+        }
+    }
+
+    function test_announce_upToTheLimit_isTaken() public {
+        shards.announce("");
+        bytes memory largest = new bytes(96 * 1024);
+        largest[largest.length - 1] = 0x01;
+        vm.expectEmit(address(shards));
+        emit IShardAssignments.DocumentAnnounced(keccak256(largest), largest);
+        assertEq(shards.announce(largest), keccak256(largest));
+    }
+
+    function test_announce_aboveTheLimit_reverts() public {
+        vm.expectRevert(abi.encodeWithSelector(IShardAssignments.DocumentTooLarge.selector, 98_304, 98_305));
+        shards.announce(new bytes(98_305));
+    }
+
     // ---------------------------------------------------------------------------------------------------------- publish
 
     function test_publishPlan_withConsentOfAll_isStoredAndCarriedByTheEvent() public {

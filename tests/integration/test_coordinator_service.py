@@ -248,7 +248,9 @@ async def test_plan_offer_refused_by_one_node_is_made_to_the_others(tmp_path: Pa
         nodes = [await ScriptedNode.create(network, refuses=index == 0) for index in range(3)]
         await anvil.rpc("evm_setAutomine", False)
         await anvil.rpc("evm_setIntervalMining", 1)
-        coordinator = CoordinatorProcess(network, tmp_path, f"sqlite:///{tmp_path / 'c.sqlite'}", minimum_nodes=2)
+        coordinator = CoordinatorProcess(
+            network, tmp_path, f"sqlite:///{tmp_path / 'c.sqlite'}", minimum_nodes=2, stage_count=2
+        )
         await coordinator.start()
         attachments = [asyncio.ensure_future(node.stay_attached(coordinator.endpoint)) for node in nodes]
         try:

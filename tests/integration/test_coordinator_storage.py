@@ -13,10 +13,13 @@ from sqlalchemy import inspect, text
 
 from bsns.chain.client import Block
 from bsns.protocol.contract_states import RequestStatus
-from bsns.protocol.identifiers import ModelId, PlanId, RequestId, address
-from bsns.protocol.measurements import NodeMeasurements, UnitTiming, measurements_hash
+from bsns.protocol.identifiers import ModelId, PlanId, RequestId, address, keccak256
+from bsns.protocol.measurements import NodeMeasurements, UnitTiming
+from bsns.protocol.planning_record import SignedMeasurements
 from coordinator import storage as storage_module
-from coordinator.network_state import NetworkState, fold
+from coordinator.dispatch import PlanPolicy
+from coordinator.dispatch.plan_publication import planning_record
+from coordinator.network_state import DocumentState, NetworkState, fold
 from coordinator.storage import (
     AnotherWriterError,
     Intent,
@@ -277,33 +280,56 @@ def test_one_nonce_never_belongs_to_two_intents(database_url: str) -> None:
         storage.close()
 
 
-def test_measurements_keep_the_latest_and_the_sets_of_published_plans(database_url: str) -> None:
+def test_measurements_keep_the_latest_with_its_signature(database_url: str) -> None:
     model = ModelId(bytes([8]) * 32)
-
-    def measured(number: int, at: int) -> NodeMeasurements:
-        node = address(bytes([number]) * 20)
-        return NodeMeasurements(model, node, at, bytes(32), 5, (UnitTiming("block", at, at),))
-
     storage = Storage(database_url)
     try:
-        for item in (measured(1, 5), measured(2, 5), measured(1, 9), measured(1, 7)):
-            storage.keep_measurements(item, bytes([item.measured_at]) * 65)
-        latest = storage.measurements(model)
-        assert latest == {item.node: item for item in (measured(1, 9), measured(2, 5))}
-        digest = storage.keep_measurement_set(list(latest.values()))
-        assert digest == measurements_hash(latest.values())
-        assert storage.keep_measurement_set(list(latest.values())) == digest
-        storage.keep_measurements(measured(1, 11), bytes(65))
-        with pytest.raises(StorageError, match="changed"):
-            storage.keep_measurement_set(list(latest.values()))
-        stored = storage.measurement_set(digest)
-        assert stored is not None
-        assert {item.node: (item, signature[0]) for item, signature in stored} == {
-            item.node: (item, item.measured_at) for item in latest.values()
-        }
-        assert storage.measurement_set(bytes(32)) is None
+        for number, at in ((1, 5), (2, 5), (1, 9), (1, 7)):
+            item = _signed(model, number, at)
+            storage.keep_measurements(item.measurements, item.signature)
+        expected = (_signed(model, 1, 9), _signed(model, 2, 5))
+        assert storage.measurements(model) == {item.measurements.node: item for item in expected}
+        assert storage.measurements(ModelId(bytes(32))) == {}
     finally:
         storage.close()
+
+
+def test_planning_record_is_kept_by_its_hash_whatever_is_measured_later(database_url: str) -> None:
+    model = ModelId(bytes([8]) * 32)
+    policy = PlanPolicy(fee_per_token=1, replicas=2)
+    record = planning_record(model, [_signed(model, number, 5) for number in (2, 1)], policy)
+    storage = Storage(database_url)
+    try:
+        for _ in range(2):
+            storage.keep_planning_record(record)
+        later = _signed(model, 1, 6)
+        storage.keep_measurements(later.measurements, later.signature)
+        assert storage.planning_record(record.hash) == record
+        assert storage.planning_record(bytes(32)) is None
+    finally:
+        storage.close()
+
+
+def test_announced_document_is_known_by_its_hash_until_a_rollback(database_url: str) -> None:
+    chain = SimulatedChain()
+    chain.mine([])
+    document = b"manifest" * 100
+    arguments = {"documentHash": keccak256(document), "document": document}
+    chain.mine([("ShardAssignments", "DocumentAnnounced", arguments)])
+    storage = _filled(database_url, chain)
+    try:
+        assert storage.document(keccak256(document)) == DocumentState(keccak256(document), len(document))
+        assert storage.document(bytes(32)) is None
+        storage.roll_back(1)
+        assert storage.document(keccak256(document)) is None
+    finally:
+        storage.close()
+
+
+def _signed(model: ModelId, number: int, at: int) -> SignedMeasurements:
+    node = address(bytes([number]) * 20)
+    timings = (UnitTiming("block", at, at, at, at),)
+    return SignedMeasurements(NodeMeasurements(model, node, at, bytes(32), 5, timings), bytes([at]) * 65)
 
 
 def test_second_writer_is_refused_until_the_first_is_gone(database_url: str) -> None:
@@ -323,6 +349,9 @@ def test_migrations_up_and_down_with_data_give_the_tables_of_the_code(empty_data
     url = empty_database_url
     migrate(url)
     chain = _busy_chain(71, 12)
+    for document in (b"one", b"other", b"one"):
+        arguments = {"documentHash": keccak256(document), "document": document}
+        chain.mine([("ShardAssignments", "DocumentAnnounced", arguments)])
     storage = _filled(url, chain)
     storage.want_intent(Intent("a", "C", "f", ()), _SENDER, 1.0)
     with storage._engine.connect() as connection:
@@ -330,9 +359,11 @@ def test_migrations_up_and_down_with_data_give_the_tables_of_the_code(empty_data
         assert compare_metadata(MigrationContext.configure(connection), storage_module.metadata) == []
     storage.require_current_schema()
     storage.close()
+    migrate(url, "0001")
     migrate(url)
     storage = Storage(url)
     assert storage.history() == chain.history()
+    assert storage.network_state() == fold(NetworkState(), chain.history())
     assert storage.intent("a") is not None
     storage.close()
     migrate(url, "base")
@@ -341,7 +372,7 @@ def test_migrations_up_and_down_with_data_give_the_tables_of_the_code(empty_data
     with pytest.raises(OutdatedSchemaError, match="migrate"):
         storage.require_current_schema()
     storage.close()
-    migrate(url, "0001")
+    migrate(url)
     storage = _filled(url, chain)
     assert storage.network_state() == fold(NetworkState(), chain.history())
     storage.close()

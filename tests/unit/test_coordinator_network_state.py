@@ -44,6 +44,8 @@ def _sample(parameter: dict[str, Any]) -> Any:
             return address(bytes(20))
         case "bytes32":
             return bytes(32)
+        case "bytes":
+            return b"document"
         case "string":
             return "text"
         case "bool":

@@ -13,9 +13,11 @@ from eth_account import Account
 from typer.testing import CliRunner
 
 from bsns.chain.signer import KeySigner
+from bsns.planning import Objective
 from coordinator.cli import app
 from coordinator.demo import clear_network_folder
 from coordinator.devnet import MARKER_FILE
+from coordinator.dispatch import PlanPolicy
 from coordinator.settings import SettingsError, load_key, load_settings
 from coordinator.storage import migrate
 from tests.integration.coordinator_fixtures import tiny_manifest
@@ -67,6 +69,10 @@ def test_settings_from_option_environment_and_file_take_the_strongest(
         ({"fee_per_token": -1}, "fee_per_token"),
         ({"fee_per_token": None}, "fee_per_token"),
         ({"minimum_nodes": 0}, "minimum_nodes"),
+        ({"objective": "profit"}, "objective"),
+        ({"planned_batch": 2}, "planned_batch"),
+        ({"prior_bytes_per_second": 0}, "prior_bytes_per_second"),
+        ({"planner_seed": -1}, "planner_seed"),
         ({"maximum_reorganisation_depth": 2}, "transaction_confirmations"),
         ({"surprise": 1}, "surprise"),
     ],
@@ -74,6 +80,36 @@ def test_settings_from_option_environment_and_file_take_the_strongest(
 def test_settings_out_of_range_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(SettingsError, match=named):
         load_settings(**_options(**changes))
+
+
+def test_policy_has_every_planning_setting() -> None:
+    settings = load_settings(
+        **_options(
+            objective="latency",
+            stage_count=3,
+            replicas=2,
+            spread_leftover=False,
+            planned_sessions=5,
+            planned_session_tokens=6,
+            planned_batch=8,
+            planner_seed=7,
+            prior_latency_nanoseconds=9,
+            prior_bytes_per_second=10,
+        )
+    )
+    assert settings.policy == PlanPolicy(
+        fee_per_token=5,
+        stage_count=3,
+        replicas=2,
+        spread_leftover=False,
+        objective=Objective.LATENCY,
+        concurrent_sessions=5,
+        session_tokens=6,
+        seed=7,
+        batch=8,
+        prior_latency_ns=9,
+        prior_bytes_per_second=10,
+    )
 
 
 def test_settings_shown_hold_no_secret() -> None:
