@@ -3,9 +3,10 @@
 Three stages of the embedded model answer a few prompts token by token; each stage is then executed again from the exact
 bytes of its inputs: honestly in several ways (one pass, small chunks, other threads, eager attention) and by cheats
 (weights in 8 bit, lower precision, a block left out, another input row, noise). Prints the distances and writes
-benchmarks/results/sketch_separation.json.
+benchmarks/results/sketch_separation.json. A captured vision model is measured beside it, with a tolerance of its own:
+see benchmarks/sketch_separation_vision.py.
 
-    python -m benchmarks.sketch_separation [--seeds 8] [--sweep]
+    python -m benchmarks.sketch_separation [--seeds 8] [--only text|vision] [--sweep]
 """
 
 import argparse
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bsns.protocol.sketch import TOLERANCES, StageSketch, distance, fingerprint_distance
+from benchmarks import sketch_separation_vision
+from bsns.protocol.sketch import TOLERANCES, SketchTolerance, StageSketch, distance, fingerprint_distance
 from bsns.requester.chat_tokenizer import ChatTokenizer
 from bsns.runtime.executor import StageExecutor, StepInput, reexecute
 from bsns.runtime.prepare import prepare
@@ -37,9 +39,14 @@ PROMPTS = (
     "Explain why the sky is blue and why sunsets are red, in terms that a ten year old child would understand.",
     "def fibonacci(n):  # complete this function and explain what it does",
 )
+SWEPT_UNITS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
+TEXT_CLASS = "torch-cpu/float32/sdpa"
+VISION_PREFIX = "vision: "
 RESULT = Path(__file__).parent / "results" / "sketch_separation.json"
 
 Outputs = list[np.ndarray[Any, np.dtype[np.float32]]]
+# By stage, way of executing and tokens of the answer: distances of sketch and fingerprint, largest relative error.
+Figures = dict[tuple[str, str, int], dict[str, list[float]]]
 
 
 class LowerPrecision(nn.Module):
@@ -164,7 +171,7 @@ def relative_error(reference: Outputs, outputs: Outputs, centred: bool) -> float
     return float((np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1)).max())
 
 
-def run(seeds: int, units: Sequence[float]) -> dict[float, dict[tuple[str, str, int], dict[str, list[float]]]]:
+def run(seeds: int, units: Sequence[float]) -> dict[float, Figures]:
     folder = prepare()
     store, tokenizer = WeightStore(folder), ChatTokenizer(folder)
 
@@ -221,46 +228,53 @@ def run(seeds: int, units: Sequence[float]) -> dict[float, dict[tuple[str, str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8, help="sketch seeds for each prompt and stage")
+    parser.add_argument("--seeds", type=int, default=8, help="sketch seeds for each input and stage")
+    parser.add_argument("--only", choices=("text", "vision"), help="measure one model, keep the other's figures")
     parser.add_argument("--sweep", action="store_true", help="try several units instead of writing the result")
     options = parser.parse_args()
-    tolerance = TOLERANCES["torch-cpu/float32/sdpa"]
-    units = [1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4] if options.sweep else [tolerance.unit]
-    everything = run(options.seeds, units)
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for part, measure, execution_class, prefix in (
+        ("text", run, TEXT_CLASS, ""),
+        ("vision", sketch_separation_vision.run, sketch_separation_vision.EXECUTION_CLASS, VISION_PREFIX),
+    ):
+        if options.only not in (None, part):
+            continue
+        tolerance = TOLERANCES[execution_class]
+        everything = measure(options.seeds, SWEPT_UNITS if options.sweep else [tolerance.unit])
+        show(everything)
+        if not options.sweep:
+            entries[part] = figure_entries(everything[tolerance.unit], tolerance, prefix)
+    if not options.sweep:
+        write_result(entries, options.seeds)
+
+
+def show(everything: dict[float, Figures]) -> None:
     for unit, figures in everything.items():
         print(f"\nunit {unit:g}: distance (0 to 4096, random 2048) | fingerprint | largest relative error")
         for (stage, name, length), row in sorted(figures.items()):
             sketch, fingerprint = row["sketch"], row["fingerprint"]
             print(
-                f"{stage}  {name:34} {length:3} tokens  sketch min {min(sketch):5} median {np.median(sketch):7.1f} "
+                f"{stage}  {name:42} {length:3} tokens  sketch min {min(sketch):5} median {np.median(sketch):7.1f} "
                 f"max {max(sketch):5}"
                 f"  fingerprint min {min(fingerprint):6} max {max(fingerprint):6}  error {max(row['relative']):.1e}"
             )
         honest = [d for (_, name, _), row in figures.items() if name.startswith("honest") for d in row["sketch"]]
-        cheats = [d for (_, name, _), row in figures.items() if name.startswith("cheat: ") for d in row["sketch"]]
+        cheats = [d for (_, name, _), row in figures.items() if has_goal(name) for d in row["sketch"]]
         prints = [d for (_, name, _), row in figures.items() if name.startswith("honest") for d in row["fingerprint"]]
         print(
             f"unit {unit:g}: honest largest {max(honest)}, cheat smallest {min(cheats)}, "
             f"fingerprint honest largest {max(prints)}"
         )
-    if not options.sweep:
-        write_result(everything[tolerance.unit], options.seeds)
 
 
-def write_result(figures: dict[tuple[str, str, int], dict[str, list[float]]], seeds: int) -> None:
-    tolerance = TOLERANCES["torch-cpu/float32/sdpa"]
+def has_goal(name: str) -> bool:
+    """Whether the name is that of a cheat which must lie far away."""
+    return name.startswith("cheat") and name not in sketch_separation_vision.WITHOUT_GOAL
+
+
+def figure_entries(figures: Figures, tolerance: SketchTolerance, prefix: str) -> list[dict[str, Any]]:
+    """The figures of one execution class for the result file, against its tolerance."""
     entries = []
-
-    def enter(name: str, values: list[float], unit: str, value: float, goal: str | None, note: str) -> None:
-        met = None
-        if goal is not None:
-            sign, bound = goal.split()
-            met = value <= float(bound) if sign == "<=" else value > float(bound)
-        entries.append(
-            {"name": name, "value": value, "unit": unit, "low": min(values), "high": max(values),
-             "samples": len(values), "goal": goal, "met": met, "note": note}
-        )  # fmt: skip
-
     for kind, radius, unit in (
         ("sketch", tolerance.honest_radius, "sketch distance"),
         ("fingerprint", tolerance.fingerprint_radius, "fingerprint distance"),
@@ -269,19 +283,42 @@ def write_result(figures: dict[tuple[str, str, int], dict[str, list[float]]], se
         for (_, name, _), row in figures.items():
             grouped[name] += row[kind]
         for name, values in sorted(grouped.items()):
+            goal: str | None
+            met: bool | None
             if name.startswith("honest"):
-                enter(f"{kind}, {name}", values, unit, max(values), f"<= {radius}", "largest; goal is r")
+                value, goal, note = max(values), f"<= {radius}", "largest; goal is r"
+                met = value <= radius
+            elif has_goal(name):
+                value, goal, note = min(values), f"> {7 * radius}", "smallest; goal is 7 r"
+                met = value > 7 * radius
             else:
-                enter(f"{kind}, {name}", values, unit, min(values), f"> {7 * radius}", "smallest; goal is 7 r")
+                near = sum(gap <= radius for gap in values)
+                value, goal, met = min(values), None, None
+                note = f"smallest; {near} samples lie within r: the change did not show in the output"
+            entries.append(
+                {"name": f"{prefix}{kind}, {name}", "value": value, "unit": unit, "low": min(values),
+                 "high": max(values), "samples": len(values), "goal": goal, "met": met, "note": note}
+            )  # fmt: skip
+    return entries
+
+
+def write_result(entries: dict[str, list[dict[str, Any]]], seeds: int) -> None:
+    """Writes the figures measured now; those of a model that was left out stay as they are."""
+    kept = json.loads(RESULT.read_text())["figures"] if len(entries) < 2 and RESULT.exists() else []
+    figures: list[dict[str, Any]] = []
+    for part in ("text", "vision"):
+        is_vision = part == "vision"
+        figures += entries.get(part, [item for item in kept if item["name"].startswith(VISION_PREFIX) == is_vision])
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     document = {
         "name": "sketch_separation", "commit": commit or None,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "seed": f"{seeds} seeds for each of {len(PROMPTS)} prompts and {len(CUTS) - 1} stages", "figures": entries,
+        "seed": f"seeds from 0, {seeds} now, for each of {len(PROMPTS)} prompts and {len(CUTS) - 1} stages; of the "
+        "vision model 8 pictures and 14 stages", "figures": figures,
     }  # fmt: skip
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"wrote {RESULT.name}; goals met: {all(entry['met'] is not False for entry in entries)}")
+    print(f"wrote {RESULT.name}; goals met: {all(entry['met'] is not False for entry in figures)}")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 Owns the sequence and the summary. Every step is the command that a person would type (`bsns request`, `bsns audit
 verify`) against real processes; a step that fails ends the demo with a non-zero status after everything was stopped.
-Does not touch models: the model folder was prepared before.
+Does not touch weights: the model folder is prepared by a process of its own. The language model answers a prompt, an
+image classifier says what is on a photograph; nothing else differs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -23,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bsns.protocol.manifest import ManifestError, ModelManifest
 from bsns.protocol.record import VerificationRecord
 from coordinator.devnet import MARKER_FILE, Devnet, DevnetError
 from coordinator.settings import SettingsError
@@ -30,13 +34,19 @@ from coordinator.settings import SettingsError
 REQUEST_TIMEOUT_S = 600.0
 AUDIT_TIMEOUT_S = 60.0
 WATCH_INTERVAL_S = 1.0
+# By name: what is prepared under it is the business of bsns.runtime, which nothing here may load.
+DEFAULT_MODEL = "smollm2-135m-instruct"
+EXAMPLE_PROMPT = "Why is the sky blue?"
+EXAMPLE_IMAGE = Path("mpl-data/sample_data/grace_hopper.jpg")  # in the folder of matplotlib
 
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """What the caller chooses."""
+    """What the caller chooses. A language model takes `prompt` and `maximum_tokens`, an image classifier `image`."""
 
+    model: str
     prompt: str
+    image: Path | None
     maximum_tokens: int
     nodes: int
     seed: int
@@ -51,21 +61,24 @@ async def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     demo = asyncio.current_task()
     assert demo is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, demo.cancel)
-    model_folder = await prepared_model()
+    model_folder = await prepared_model(settings.model)
     return await Demo(settings, console, model_folder).execute()
 
 
-async def run_devnet(folder: Path, nodes: int, console: Console) -> None:
-    """A network that runs until SIGINT or SIGTERM, with what to type to use it. A process of it that ends is reported;
-    only without its chain does the network end too.
+async def run_devnet(folder: Path, nodes: int, model: str, console: Console) -> None:
+    """A network for `model` that runs until SIGINT or SIGTERM, with what to type to use it. A process of it that ends
+    is reported; only without its chain does the network end too.
     """
     clear_network_folder(folder)
-    model_folder = await prepared_model()
+    model_folder = await prepared_model(model)
+    is_classifier = load_manifest(model_folder).task == "image-classification"
+    question = ("--image", str(example_image())) if is_classifier else ("--max-tokens", "32", EXAMPLE_PROMPT)
     stop = stop_signal()
     devnet = Devnet(
         folder,
         model_folder / "manifest.json",
         node_count=nodes,
+        stage_count=nodes,
         progress=lambda line: console.print(line, highlight=False, soft_wrap=True),
     )
     async with devnet:
@@ -73,8 +86,8 @@ async def run_devnet(folder: Path, nodes: int, console: Console) -> None:
         console.print(
             "\nthe network is up; ask it something:\n"
             f"  bsns request --rpc {devnet.rpc_url} --deployment {devnet.deployment_file} "
-            f"--key-file {devnet.requester_key_file} --max-tokens 32 --record build/record.json "
-            "'Why is the sky blue?'\n"
+            f"--key-file {devnet.requester_key_file} --model-folder {model_folder} --record build/record.json "
+            f"{shlex.join(question)}\n"
             f"  bsns audit verify build/record.json --rpc {devnet.rpc_url}\n"
             f"  bsns-coordinator status --database-url {devnet.database_url}\n"
             "Ctrl-C stops everything.",
@@ -112,10 +125,33 @@ def clear_network_folder(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-async def prepared_model() -> Path:
-    """Folder of the embedded language model; prepared by a process of its own, as nothing here may load torch."""
+def example_image() -> Path:
+    """The photograph that the demo asks an image classifier about: Rear Admiral Grace Hopper in uniform (U.S. Navy,
+    public domain). EfficientNet-Lite0 takes it for an academic gown; "military uniform" is its third guess. It comes
+    with matplotlib, which is located and not imported.
+    """
+    found = importlib.util.find_spec("matplotlib")
+    path = Path(found.origin).parent / EXAMPLE_IMAGE if found is not None and found.origin is not None else None
+    if path is None or not path.is_file():
+        raise DevnetError(
+            "the example photograph of matplotlib is not installed: name an image of yours (IMAGE=photo.jpg)"
+        )
+    return path
+
+
+def load_manifest(model_folder: Path) -> ModelManifest:
+    """The manifest of a prepared model; DevnetError if it cannot be read."""
+    path = model_folder / "manifest.json"
+    try:
+        return ModelManifest.from_bytes(path.read_bytes())
+    except (OSError, ManifestError) as error:
+        raise DevnetError(f"{path} cannot be used: {error}") from error
+
+
+async def prepared_model(model: str) -> Path:
+    """Folder of a model by its name; prepared by a process of its own, as nothing here may load torch."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "bsns.runtime.prepare"),
+        *(sys.executable, "-m", "bsns.runtime.prepare", "--model", model),
         stdout=asyncio.subprocess.PIPE,
         stdin=asyncio.subprocess.DEVNULL,
     )
@@ -132,6 +168,10 @@ class Demo:
         self._settings = settings
         self._console = console
         self._model_folder = model_folder
+        is_classifier = load_manifest(model_folder).task == "image-classification"
+        self._image = (settings.image or example_image()) if is_classifier else None
+        if settings.image is not None and self._image is None:
+            raise DevnetError(f"model {settings.model} takes no image: name an image classifier, or give no image")
         self._began = time.monotonic()
         folder = settings.output / "network"
         clear_network_folder(folder)
@@ -139,6 +179,8 @@ class Demo:
             folder,
             model_folder / "manifest.json",
             node_count=settings.nodes,
+            # On one machine whole copies of a small model would serve faster; this is to show a sharded one.
+            stage_count=settings.nodes,
             progress=self._say,
         )
 
@@ -152,7 +194,7 @@ class Demo:
         async with self._devnet as devnet:
             for item in await devnet.await_plan():
                 self._say(f"plan: stage {item[0]} = units {item[2]}..{item[3] - 1} on {item[4]}")
-            self._say(f"requester asks: {settings.prompt}")
+            self._say(f"requester asks: {settings.prompt if self._image is None else f'what is on {self._image}?'}")
             answer = json.loads(await self._run("request", self._request_command(record_file), REQUEST_TIMEOUT_S))
             if not record_file.exists():
                 raise DevnetError(f"the request ended without a record: {json.dumps(answer)}")
@@ -163,7 +205,7 @@ class Demo:
                 AUDIT_TIMEOUT_S,
             )
             self._say("auditor: the record holds against the chain alone")
-            summary = summarise(settings, answer, record, record_file)
+            summary = {**self._question(), **summarise(answer, record, record_file)}
             (settings.output / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
             self._show(summary)
             if settings.keep:
@@ -180,14 +222,19 @@ class Demo:
             *("--key-file", str(devnet.requester_key_file)),
             *("--model-folder", str(self._model_folder)),
             *("--state-dir", str(devnet.folder / "requester")),
-            *("--max-tokens", str(settings.maximum_tokens)),
             *("--seed", str(settings.seed)),
             *("--record", str(record_file)),
             "--token-ids",
             "--json",
-            "--",
-            settings.prompt,
+            *(
+                ("--image", str(self._image))
+                if self._image is not None
+                else ("--max-tokens", str(settings.maximum_tokens), "--", settings.prompt)
+            ),
         ]
+
+    def _question(self) -> dict[str, str]:
+        return {"prompt": self._settings.prompt} if self._image is None else {"image": str(self._image)}
 
     @staticmethod
     def _bsns() -> tuple[str, ...]:
@@ -218,7 +265,7 @@ class Demo:
 
     def _show(self, summary: dict[str, Any]) -> None:
         table = Table(title="One paid, sharded, verified inference", show_header=False, title_justify="left")
-        table.add_row("answer", escape(summary["text"]))
+        table.add_row("answer" if self._image is None else "class", escape(summary["text"]))
         table.add_row("request", summary["request_id"])
         for node in summary["nodes"]:
             paid = summary["paid_wei"].get(node["operator"], 0)
@@ -231,16 +278,15 @@ class Demo:
         table.add_row("money", f"deposit {summary['fee_wei']:,} wei, refunded {summary['refunded_wei']:,} wei")
         gas = [item["gas_used"] for item in summary["transactions"]]
         table.add_row("gas", f"{sum(gas):,} in {len(gas)} transactions")
-        speed, rate = f"first token after {summary['time_to_first_token_s']:.2f} s", summary["tokens_per_second"]
+        first = "first token" if self._image is None else "class"
+        speed, rate = f"{first} after {summary['time_to_first_token_s']:.2f} s", summary["tokens_per_second"]
         # One token has no rate.
         table.add_row("speed", speed if rate is None else f"{speed}, then {rate:.1f} tokens/s")
         table.add_row("record", f"{summary['record']} ({Path(summary['record']).stat().st_size:,} bytes)")
         self._console.print(table)
 
 
-def summarise(
-    settings: DemoSettings, answer: dict[str, Any], record: VerificationRecord, record_file: Path
-) -> dict[str, Any]:
+def summarise(answer: dict[str, Any], record: VerificationRecord, record_file: Path) -> dict[str, Any]:
     """The demo's summary.json out of the requester's answer and the verified record."""
     stages = record.route.stages if record.route else ()
     assignments = record.plan.assignments
@@ -268,8 +314,7 @@ def summarise(
             )
     conclusion = record.conclusion
     return {
-        "prompt": settings.prompt,
-        "prompt_token_ids": answer["prompt_token_ids"],
+        **({"prompt_token_ids": answer["prompt_token_ids"]} if "prompt_token_ids" in answer else {}),
         "text": answer["text"],
         "token_ids": answer["token_ids"],
         "model_id": "0x" + record.model.model_id.hex(),

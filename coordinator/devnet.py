@@ -105,7 +105,8 @@ def free_port() -> int:
 class Devnet:
     """The processes of one local network under `folder`. Use as an async context manager; leaving it stops everything.
 
-    `node_command` starts a node client; a test gives another one to put a dishonest node into the network.
+    `stage_count` is that of the plan (default: the planner's choice). `node_command` starts a node client; a test gives
+    another one to put a dishonest node into the network.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Devnet:
         manifest: Path,
         *,
         node_count: int,
+        stage_count: int | None = None,
         terms: Terms | None = None,
         fee_per_token: int = ETHER // 1_000_000,
         progress: Progress = lambda _line: None,
@@ -122,6 +124,7 @@ class Devnet:
         self.folder = folder
         self.manifest = manifest
         self.node_count = node_count
+        self.stage_count = stage_count
         self.terms = terms or Terms.for_devnet()
         self.fee_per_token = fee_per_token
         self.processes: list[ManagedProcess] = []
@@ -220,6 +223,7 @@ class Devnet:
             *("--manifest", str(self.manifest)),
             *("--fee-per-token", str(self.fee_per_token)),
             *("--minimum-nodes", str(self.node_count)),
+            *(("--stage-count", str(self.stage_count)) if self.stage_count is not None else ()),
         ]
         self._coordinator = await self._spawn("coordinator", command, wait_ready=True)
         return self._coordinator

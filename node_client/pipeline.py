@@ -35,7 +35,7 @@ from node_client.evidence_store import EvidenceStore, StageResult
 from node_client.peers import PeerPool
 from node_client.session_store import Session, SessionState, SessionStore
 from node_client.settings import MAXIMUM_FRAME_BYTES, NodeSettings
-from node_client.shard_runtime import Rows, ShardRuntime, input_encoding
+from node_client.shard_runtime import ShardRuntime, StepOutput
 from node_client.signing_guard import DutyKind, SigningGuard
 
 # Room for the fields around a payload within a frame of 1 MiB.
@@ -351,7 +351,7 @@ class Pipeline:
         """Bytes of the whole tensor, from what the session expects and not from what the frame says."""
         if frame.step > session.opening.sampling.maximum_tokens:
             raise Refusal(ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER, "the step lies beyond the tokens that were paid")
-        if frame.encoding != int(input_encoding(session.executor.first_unit)):
+        if frame.encoding != int(session.encoding_of(frame.step)):
             raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, "this stage takes another encoding")
         rows = session.rows_of(frame.step)
         if frame.rows != rows:
@@ -599,16 +599,15 @@ class Pipeline:
             step=number,
             sampling=session.opening.sampling,
         )
-        output_digest = hashlib.sha256(output.payload).digest()
         session.input_digests.append(digest)
         session.next_step += 1
         session.position += rows
-        self._hand_on(session, number, output.payload, output_digest)
+        self._hand_on(session, number, output.payload, output.digest)
         await self._await_recordings(session)
         # Submitted before anything else can be: statements about this step are checked after it.
         recording = asyncio.get_running_loop().run_in_executor(
             self._recorder,
-            lambda: self._record(session, number, rows, data, digest, output_digest, output.sketched),
+            lambda: self._record(session, number, rows, data, digest, output),
         )
         session.recordings.append(recording)
         recording.add_done_callback(lambda done: self._recorded(session, done))
@@ -847,14 +846,12 @@ class Pipeline:
         return await asyncio.get_running_loop().run_in_executor(self._recorder, function)
 
     def _record(
-        self, session: Session, number: int, rows: int, data: bytes, digest: bytes, output_digest: bytes, sketched: Rows
+        self, session: Session, number: int, rows: int, data: bytes, digest: bytes, output: StepOutput
     ) -> _Recorded:
         """Sketch, evidence and, every few steps, the two statements of one step."""
-        fingerprint = session.sketch.add(sketched)
-        leaf = session.builder.add(rows, digest, output_digest, fingerprint)
-        self._evidence.add_step(
-            session.request_id, session.stage, leaf, int(input_encoding(session.executor.first_unit)), data
-        )
+        fingerprint = session.sketch.add(output.sketched)
+        leaf = session.builder.add(rows, digest, output.digest, fingerprint)
+        self._evidence.add_step(session.request_id, session.stage, leaf, int(session.encoding_of(number)), data)
         if number % self._settings.statement_interval_steps:
             return _Recorded(number, None, None)
         return self._state(session)

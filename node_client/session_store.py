@@ -22,18 +22,19 @@ from eth_typing import ChecksumAddress
 from bsns.protocol.commitments import EvidenceBuilder, input_commitment, sketch_seed
 from bsns.protocol.contract_states import NodeStatus, RequestStatus
 from bsns.protocol.identifiers import BYTES32, ModelId, RequestId
-from bsns.protocol.manifest import ModelManifest
+from bsns.protocol.manifest import VALUE_BYTES, ModelManifest
 from bsns.protocol.plan import execution_class_id
 from bsns.protocol.sampling import SamplingError, SamplingParameters
 from bsns.protocol.sketch import StageSketch
 from bsns.protocol.typed_data import SESSION_TOKEN, is_signed_by, signing_digest
+from bsns.runtime.activation_codec import TensorEncoding
 from bsns.runtime.executor import ShardExecutor, StageSession
 from bsns.v1 import common_pb2, execution_pb2
 from node_client.chain_view import ChainView, RequestView, SigningDomains, StageView
 from node_client.errors import ErrorReason, Refusal
 from node_client.evidence_store import EvidenceStore, InputOpening
 from node_client.settings import NodeSettings
-from node_client.shard_runtime import ShardRuntime, input_bytes, new_sketch
+from node_client.shard_runtime import ShardRuntime, input_bytes, input_encoding, new_sketch
 from node_client.signing_guard import SigningGuard
 
 if TYPE_CHECKING:
@@ -132,13 +133,21 @@ class Session:
         return self.executor.manifest
 
     def rows_of(self, step: int) -> int:
-        """Step 0 is the prompt, each later step one token."""
+        """Step 0 is the prompt (of a model that takes no tokens, its input row), each later step one token."""
         return self.opening.prompt_tokens if step == 0 else 1
 
     def position_of(self, step: int) -> int:
         return 0 if step == 0 else self.opening.prompt_tokens + step - 1
 
+    def encoding_of(self, step: int) -> TensorEncoding:
+        """How the input of a step travels: what returns to stage 0 after its first step are tokens, of any model."""
+        if self.stage == 0 and step > 0:
+            return TensorEncoding.TOKEN_IDS
+        return input_encoding(self.manifest, self.executor.first_unit)
+
     def input_bytes_of(self, step: int) -> int:
+        if self.stage == 0 and step > 0:
+            return VALUE_BYTES
         return input_bytes(self.manifest, self.executor.first_unit, self.rows_of(step))
 
     def is_final(self, token: int, tokens: int) -> bool:
@@ -289,16 +298,16 @@ class SessionStore:
         opening = self._opened(request, message.input)
         model = ModelId(await self._chain.model_of_plan(request.plan_id))
         manifest = self._runtime.store(model).manifest
-        maximum_tokens = opening.prompt_tokens + opening.sampling.maximum_tokens
-        if maximum_tokens > manifest.context_limit:
+        # The last token drawn is nobody's input.
+        positions = opening.prompt_tokens + opening.sampling.maximum_tokens - 1
+        if positions > manifest.context_limit:
             raise Refusal(
                 ErrorReason.ERROR_REASON_CONTEXT_LIMIT,
-                f"{opening.prompt_tokens} prompt tokens and {opening.sampling.maximum_tokens} answer tokens "
-                "exceed the model's context of "
-                f"{manifest.context_limit}; shorten one of them",
+                f"{opening.prompt_tokens} prompt tokens and {opening.sampling.maximum_tokens} answer tokens take "
+                f"{positions} positions, the model has {manifest.context_limit}; shorten one of them",
             )
         self._check_history(key)
-        return await self._allocate(key, request, route, opening, model, maximum_tokens)
+        return await self._allocate(key, request, route, opening, model, positions)
 
     async def _allocate(
         self,
@@ -307,7 +316,7 @@ class SessionStore:
         route: tuple[StageView, ...],
         opening: InputOpening,
         model: ModelId,
-        maximum_tokens: int,
+        positions: int,
     ) -> Session:
         """Weights, cache and record of an admitted session; gives everything back if one of them is refused."""
         own = route[key[1]]
@@ -321,14 +330,14 @@ class SessionStore:
                 )
             if self.active >= self._settings.maximum_sessions:
                 raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "all sessions are taken; try again later")
-            cache = executor.new_session(maximum_tokens)
+            cache = executor.new_session(positions)
             needed = cache.cache_bytes_limit
             if needed > self.free_cache_bytes:
                 raise Refusal(
                     ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED,
                     f"the session needs {needed} bytes of cache, {self.free_cache_bytes} are free; try again later",
                 )
-            input_total = input_bytes(executor.manifest, executor.first_unit, maximum_tokens)
+            input_total = input_bytes(executor.manifest, executor.first_unit, positions)
             if input_total > self._evidence.bytes_free:
                 raise Refusal(
                     ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "there is no room for the evidence of another session"

@@ -24,8 +24,9 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from bsns.protocol.commitments import content_digest, token_bytes
 from bsns.protocol.identifiers import ModelId, model_id
-from bsns.protocol.manifest import ManifestError, ModelManifest
+from bsns.protocol.manifest import VALUE_BYTES, ManifestError, ModelManifest
 from bsns.protocol.sampling import SamplingError, SamplingParameters, draw
 from bsns.protocol.sketch import TOLERANCES, SketchError, StageSketch
 from bsns.runtime import activation_codec
@@ -33,10 +34,10 @@ from bsns.runtime.activation_codec import ActivationError, TensorEncoding
 from bsns.runtime.executor import (
     ExecutionError,
     ShardExecutor,
-    StageExecutor,
     StageSession,
     StepInput,
     iterate_reexecution,
+    open_stage,
 )
 from bsns.runtime.profile import RuntimeProfile, measure
 from bsns.runtime.weight_store import WeightStore, WeightStoreError
@@ -60,29 +61,24 @@ class Priority(enum.IntEnum):
 
 
 class ExecutorFactory(Protocol):
-    """Builds the executor of a unit range; the default is StageExecutor."""
+    """Builds the executor of a unit range; the default is `bsns.runtime.executor.open_stage`."""
 
     def __call__(
         self, store: WeightStore, first_unit: int, end_unit: int, *, threads: int, progress: Progress | None
     ) -> ShardExecutor: ...
 
 
-def stage_executor(
-    store: WeightStore, first_unit: int, end_unit: int, *, threads: int, progress: Progress | None
-) -> ShardExecutor:
-    """The real thing: transformers' blocks over mapped weights."""
-    return StageExecutor(store, first_unit, end_unit, threads=threads, progress=progress)
-
-
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step of one stage produced: the exact bytes for the successor, and the rows that are sketched.
+    """What one step of one stage produced: the exact bytes for the successor with their digest, and the rows that are
+    sketched.
 
-    `payload` is float32 [rows, hidden], or for the last stage the drawn token as int32; `sketched` is float32 [rows,
-    hidden] or the logits [1, vocabulary].
+    `payload` is float32 [rows, width of the cut], or for the last stage the drawn token (class) as int32; `sketched` is
+    float32 [rows, width of the cut] or the logits [1, vocabulary].
     """
 
     payload: bytes
+    digest: bytes
     sketched: Rows
     token: int | None
 
@@ -149,7 +145,7 @@ class ShardRuntime:
         *,
         threads: int,
         weight_memory_bytes: int,
-        executor_factory: ExecutorFactory = stage_executor,
+        executor_factory: ExecutorFactory = open_stage,
     ) -> None:
         self.compute = ComputeThread()
         self._cache, self._threads, self._budget = cache, threads, weight_memory_bytes
@@ -254,13 +250,16 @@ class ShardRuntime:
                     ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
                     "the step gives NaN or infinity: the activations received are not those of the model",
                 )
-            if not holds_head(executor):
-                return StepOutput(activation_codec.encode(TensorEncoding.RAW_FLOAT32, output), sketched, None)
-            token = draw(sketched[-1], sampling, step)
-            return StepOutput(token.to_bytes(4, "little"), sketched, token)
+            if holds_head(executor):
+                token = draw(sketched[-1], sampling, step)
+                payload = token_bytes([token])
+            else:
+                token, payload = None, activation_codec.encode(TensorEncoding.RAW_FLOAT32, output)
+            # Here and not on the event loop: one row of a vision model takes up to a few megabytes.
+            return StepOutput(payload, content_digest(payload), sketched, token)
 
         try:
-            return await self.compute.run(Priority.DECODE if rows == 1 else Priority.PREFILL, run)
+            return await self.compute.run(Priority.PREFILL if step == 0 else Priority.DECODE, run)
         except ActivationError as error:
             raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, str(error)) from error
         except (ExecutionError, SamplingError) as error:
@@ -334,30 +333,32 @@ def holds_head(executor: ShardExecutor) -> bool:
     return executor.end_unit == len(executor.manifest.units)
 
 
-def input_encoding(first_unit: int) -> TensorEncoding:
-    """How the inputs of a stage travel: token ids into the embedding, float32 rows elsewhere."""
-    return TensorEncoding.TOKEN_IDS if first_unit == 0 else TensorEncoding.RAW_FLOAT32
+def input_encoding(manifest: ModelManifest, first_unit: int) -> TensorEncoding:
+    """How the input of a request (unit 0) or of a later stage travels: token ids where the model takes them, else
+    float32 rows.
+    """
+    takes_tokens = first_unit == 0 and manifest.takes_token_ids
+    return TensorEncoding.TOKEN_IDS if takes_tokens else TensorEncoding.RAW_FLOAT32
 
 
 def input_bytes(manifest: ModelManifest, first_unit: int, rows: int) -> int:
     """Bytes of a stage's input of `rows` rows."""
-    width = 1 if first_unit == 0 else manifest.hidden_size
-    return 4 * rows * width
+    return VALUE_BYTES * rows * manifest.row_width(first_unit)
 
 
 def decode_input(executor: ShardExecutor, data: bytes, rows: int) -> Any:
     """The tensor a stage takes; ActivationError if `data` is not one."""
-    manifest = executor.manifest
-    if executor.first_unit == 0:
-        return activation_codec.decode(
-            TensorEncoding.TOKEN_IDS, data, rows=rows, vocabulary_size=manifest.vocabulary_size
-        )
-    return activation_codec.decode(TensorEncoding.RAW_FLOAT32, data, rows=rows, width=manifest.hidden_size)
+    manifest, first_unit = executor.manifest, executor.first_unit
+    return activation_codec.decode(
+        input_encoding(manifest, first_unit),
+        data,
+        rows=rows,
+        width=manifest.row_width(first_unit),
+        vocabulary_size=manifest.vocabulary_size,
+    )
 
 
 def new_sketch(seed: bytes, executor: ShardExecutor) -> StageSketch:
     """The sketch of a stage's outputs, in the unit of its execution class."""
-    head = holds_head(executor)
-    width = executor.manifest.vocabulary_size if head else executor.manifest.hidden_size
     unit = TOLERANCES.get(executor.execution_class, _DEFAULT_TOLERANCE).unit
-    return StageSketch(seed, width, unit, centred=head)
+    return StageSketch(seed, executor.manifest.row_width(executor.end_unit), unit, centred=holds_head(executor))

@@ -2,8 +2,8 @@
 
 A chromosome holds a key for each operator and each node. Kahn's algorithm that takes the ready operator with the
 smallest key decodes it to a topological order, sorting nodes by key to a node order, and slicing both gives its
-fitness. The best is then refined. Promises never to be worse than slicing the graph's own order over the nodes as given,
-the same answer for the same seed if no deadline is set, and the best so far at a deadline.
+fitness. The best is then refined. Promises never to be worse than slicing the graph's own order over the nodes as
+given, the same answer for the same seed if no deadline is set, and the best so far at a deadline.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ time runs out. Takes one node a stage over links that are all alike; says so oth
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Final
@@ -18,7 +19,6 @@ from bsns.planning import slice_graph
 from bsns.planning.bounds import lower_bound
 from bsns.planning.ideals import Floats, GraphArrays
 from bsns.planning.problem import SECOND_NS, Link, Objective, Partition, PlanningError, Problem, evaluate
-import itertools
 
 _SCALE: Final = 1_000.0
 """The value of the plan that is known, in the programme's units: HiGHS's tolerances are absolute."""

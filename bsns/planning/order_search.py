@@ -133,7 +133,8 @@ class OrderSearch:
             base = group[0] * width
             most = np.minimum(self._flat[base + at] + thresholds - transfer, (group[0] + 1) * self._stride - 1)
             end: Integers = np.searchsorted(self._flat, most, side="right") - 1 - base
-            return np.minimum(end, self._reach[base + at])
+            most = self._reach[base + at]
+            return np.minimum(end, most)
         low, high = at, self._reach[group * width + at].min(axis=0)
         while (low < high).any():  # costs grow with the end
             middle = (low + high + 1) // 2

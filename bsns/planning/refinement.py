@@ -9,6 +9,7 @@ dropped.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -29,7 +30,6 @@ from bsns.planning.problem import (
     Problem,
     evaluate,
 )
-import itertools
 
 _POWER: Final = 24.0
 """Stages' costs are compared by the sum of their powers: nearly their maximum, but one sees which moves help next."""

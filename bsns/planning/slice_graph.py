@@ -142,8 +142,8 @@ class SegmentTables:
     def stage(
         self, nodes: Sequence[PlanningNode], before: Sequence[PlanningNode], after: Sequence[PlanningNode]
     ) -> Integers:
-        """Effective nanoseconds of every [l, r) on `nodes`, between the stages on `before` and `after`; INFEASIBLE where
-        l >= r.
+        """Effective nanoseconds of every [l, r) on `nodes`, between the stages on `before` and `after`; INFEASIBLE
+        where l >= r.
         """
         receive = self._transfer(self._received, before, nodes)
         throughput = self._problem.objective is Objective.THROUGHPUT
@@ -277,6 +277,6 @@ def _duration(size: Integers, per_second: int) -> Integers:
         seconds, rest = np.divmod(size, per_second)
         return seconds * SECOND_NS - (-rest * SECOND_NS // per_second)
     if size.max(initial=0) < 2**33:
-        return -(-size * SECOND_NS // per_second)
+        return np.negative(-size * SECOND_NS // per_second)
     exact: Integers = (-(-size.astype(object) * SECOND_NS // per_second)).astype(np.int64)
     return exact

@@ -16,10 +16,13 @@ differences, and a cheat many units away lands on a random byte.
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
+_Indices = npt.NDArray[np.int64]
 
 BUCKETS: Final = 32
 SKETCH_BYTES: Final = 32
@@ -71,6 +74,11 @@ class SketchTolerance:
 # it.
 TOLERANCES: Final[dict[str, SketchTolerance]] = {
     "torch-cpu/float32/sdpa": SketchTolerance(unit=1e-5, honest_radius=64, fingerprint_radius=48),
+    # Captured models, which hand on one row: EfficientNet-Lite0 on 8 pictures, single units to the whole model. Largest
+    # honest distance (threads, oneDNN on and off, SSE instead of AVX): 18 and 21; smallest of a cheat with bfloat16 or
+    # 8-bit weights, or bfloat16 arithmetic: 1402 and 612. One row averages nothing: a unit as wide as that of decoders
+    # would put weights that are off by a thousandth within 7 r.
+    "torch-cpu/float32/aten": SketchTolerance(unit=2e-6, honest_radius=64, fingerprint_radius=32),
 }
 
 
@@ -88,15 +96,6 @@ class StageSketch:
         if width < 1 or not (math.isfinite(unit) and unit > 0):
             raise SketchError(f"width is {width} and unit is {unit}; both must be positive")
         self._seed, self._width, self._unit, self._centred = seed, width, unit, centred
-        channels = np.frombuffer(self._random_bytes(b"channels", 0, width), dtype=np.uint8)
-        bucket = channels & 31
-        self._order = np.argsort(bucket, kind="stable")
-        self._sign = np.where(channels[self._order] & 128, -1.0, 1.0)
-        starts = np.searchsorted(bucket[self._order], np.arange(BUCKETS))
-        # np.add.reduceat gives a wrong sum for an empty bucket (narrow rows), so only buckets that hold a channel take
-        # part.
-        self._filled = np.flatnonzero(np.diff(np.append(starts, width)) > 0)
-        self._starts = starts[self._filled]
         self._dither = self._fractions(b"dither", 0, BUCKETS)
         self._sums = np.zeros(BUCKETS, dtype=np.int64)
         self._rows = 0
@@ -134,6 +133,23 @@ class StageSketch:
         wrapped: bytes = np.mod(np.floor(self._sums * scale + self._dither), 256).astype(np.uint8).tobytes()
         return wrapped
 
+    @cached_property
+    def _channels(self) -> tuple[_Indices, npt.NDArray[np.float64], _Indices, _Indices]:
+        """The channels in the order of their buckets, their signs, the buckets that hold any, and where each of those
+        begins.
+
+        Drawn when the first rows come: that takes 20 ms for 400,000 channels, and sessions open on an event loop.
+        """
+        drawn = np.frombuffer(self._random_bytes(b"channels", 0, self._width), dtype=np.uint8)
+        bucket = drawn & 31
+        order = np.argsort(bucket, kind="stable")
+        sign = np.where(drawn[order] & 128, -1.0, 1.0)
+        starts = np.searchsorted(bucket[order], np.arange(BUCKETS))
+        # np.add.reduceat gives a wrong sum for an empty bucket (narrow rows), so only buckets that hold a channel take
+        # part.
+        filled = np.flatnonzero(np.diff(np.append(starts, self._width)) > 0)
+        return order, sign, filled, starts[filled]
+
     def _bucket_sums(self, rows: npt.NDArray[np.float32], first_row: int) -> npt.NDArray[np.int64]:
         values = rows.astype(np.float64)
         if self._centred:
@@ -142,8 +158,9 @@ class StageSketch:
         if not np.isfinite(length).all():
             raise SketchError("rows hold NaN or infinity; the stage that made them is faulty, replay it elsewhere")
         values /= np.where(length > 0, length, 1.0)[:, None]
+        order, sign, filled, starts = self._channels
         sums = np.zeros((rows.shape[0], BUCKETS))
-        sums[:, self._filled] = np.add.reduceat(values[:, self._order] * self._sign, self._starts, axis=1)
+        sums[:, filled] = np.add.reduceat(values[:, order] * sign, starts, axis=1)
         fixed = np.rint(sums * float(1 << _FRACTION_BITS)).astype(np.int64)
         total = np.zeros(BUCKETS, dtype=np.int64)
         for number in range(rows.shape[0]):

@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 
 from bsns.chain import errors as chain_errors
@@ -30,7 +32,7 @@ from bsns.chain.patient_client import PatientChainClient
 from bsns.chain.signer import Signer
 from bsns.chain.submitter import Submitter
 from bsns.protocol import identifiers, typed_data
-from bsns.protocol.commitments import content_digest, secret_hash, token_bytes
+from bsns.protocol.commitments import content_digest, secret_hash
 from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ModelId, RequestId
 from bsns.protocol.manifest import ManifestError, ModelManifest
@@ -42,8 +44,14 @@ from bsns.protocol.record import (
     RecordedStep,
     RecordedTokens,
 )
-from bsns.protocol.sampling import SamplingError, SamplingParameters
-from bsns.requester.chat_tokenizer import ChatTokenizer, ChatTokenizerError, StreamDecoder
+from bsns.protocol.sampling import SamplingParameters
+from bsns.requester.chat_tokenizer import (
+    CHAT_TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    ChatTokenizer,
+    ChatTokenizerError,
+    StreamDecoder,
+)
 from bsns.requester.errors import (
     AnswerInvalidError,
     ChainRefusedError,
@@ -61,8 +69,10 @@ from bsns.requester.execution_session import (
     SessionLimits,
     entry_commitment,
 )
+from bsns.requester.image_processor import CONFIG_FILE, LABELS_FILE, ImageProcessor, ImageProcessorError, LabelDecoder
 from bsns.requester.journal import Journal, JournalEntry, StageEvidenceHeader
 from bsns.requester.node_connection import NodeEndpoint, find_endpoints
+from bsns.requester.request_input import RequestInput
 from bsns.requester.settlement import Settlement, Standing
 
 if TYPE_CHECKING:
@@ -73,6 +83,8 @@ logger = structlog.get_logger(__name__)
 MANIFEST_FILE: Final = "manifest.json"
 Message = str | Sequence[Mapping[str, str]]
 """What a person says: one message of a user, or a whole conversation of role and content."""
+Prompt = Message | Sequence[int] | npt.NDArray[np.float32]
+"""What a request is about: a message or token ids for a language model, a row float32 [1, width] for a classifier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +135,8 @@ class Answer:
     """An answer and what became of it. `charged` is None while the request is not settled; 0 if it was refunded.
 
     `finish_reason`: "stop" (end token or stop string), "length", or "interrupted" (a node disappeared in the middle).
-    `token_ids` are all that were drawn and charged, also beyond a stop string. `transactions` by name: the
-    requester's own.
+    `token_ids` are all that were drawn and charged, also beyond a stop string; of a classifier the one class that was
+    drawn, with its label as `text` (nodes hand out no probabilities). `transactions` by name: the requester's own.
     """
 
     text: str
@@ -219,7 +231,7 @@ class Client:
         journal: Journal,
         *,
         manifest: ModelManifest | None = None,
-        tokenizer: ChatTokenizer | None = None,
+        codec: ChatTokenizer | ImageProcessor | None = None,
         limits: RequestLimits | None = None,
     ) -> None:
         self._limits = limits or RequestLimits()
@@ -229,7 +241,8 @@ class Client:
         self._signer = signer
         self._journal = journal
         self._manifest = manifest
-        self._tokenizer = tokenizer
+        self._tokenizer = codec if isinstance(codec, ChatTokenizer) else None
+        self._images = codec if isinstance(codec, ImageProcessor) else None
         self._submitter = Submitter(self.chain, signer)
         self._domains = SessionDomains(
             typed_data.escrow_domain(deployment.chain_id, deployment.inference_escrow),
@@ -247,16 +260,16 @@ class Client:
         model_folder: Path | None = None,
         limits: RequestLimits | None = None,
     ) -> Client:
-        """Connect to the chain. `model_folder` is a prepared model (manifest and tokenizer); without it only token
-        ids can be sent.
+        """Connect to the chain. `model_folder` is a prepared model (manifest, and tokenizer or image preprocessing);
+        without it only token ids or rows of values can be sent.
 
         Raises UnavailableError (chain), InvalidRequestError (model folder) or JournalError (state folder).
         """
-        manifest, tokenizer = load_model_folder(model_folder) if model_folder is not None else (None, None)
+        manifest, codec = load_model_folder(model_folder) if model_folder is not None else (None, None)
         journal = Journal(state_dir)
         async with _chain_errors():
             chain = await Web3ChainClient.connect(rpc_url, deployment)
-        return cls(chain, deployment, signer, journal, manifest=manifest, tokenizer=tokenizer, limits=limits)
+        return cls(chain, deployment, signer, journal, manifest=manifest, codec=codec, limits=limits)
 
     async def __aenter__(self) -> Client:
         return self
@@ -279,6 +292,10 @@ class Client:
         refuses.
         """
         if self._tokenizer is None:
+            if self._images is not None:
+                raise InvalidRequestError(
+                    f"model {self._model_name} classifies images, it takes no text: give an image"
+                )
             raise InvalidRequestError(
                 "a message needs the model's tokenizer: give a prepared model folder, or token ids"
             )
@@ -289,23 +306,38 @@ class Client:
         except ChatTokenizerError as error:
             raise InvalidRequestError(str(error)) from error
 
-    async def quote(
-        self, prompt: Message | Sequence[int], maximum_tokens: int, *, publisher: str | None = None
-    ) -> Quote:
-        """Price of a prompt (message, conversation or token ids) with at most `maximum_tokens` of answer under the
-        active plan.
+    def image_row(self, image: Path) -> npt.NDArray[np.float32]:
+        """The input row of an image file, float32 [1, width], scaled and cut as the model asks; InvalidRequestError for
+        a model that takes no images or a file that is none.
         """
-        tokens = self._prompt_tokens(prompt)
+        if self._images is None:
+            if self._tokenizer is not None:
+                raise InvalidRequestError(f"model {self._model_name} answers text, it takes no images: give a prompt")
+            raise InvalidRequestError(
+                "an image needs the model's preprocessing: give the prepared folder of an image classifier"
+            )
+        try:
+            return self._images.row(image)
+        except ImageProcessorError as error:
+            raise InvalidRequestError(str(error)) from error
+
+    async def quote(self, prompt: Prompt, maximum_tokens: int = 1, *, publisher: str | None = None) -> Quote:
+        """Price of a prompt with at most `maximum_tokens` of answer under the active plan. A classifier's answer is
+        one token, the class.
+        """
+        return await self._quote(self._request_input(prompt), maximum_tokens, publisher)
+
+    async def _quote(self, given: RequestInput, maximum_tokens: int, publisher: str | None) -> Quote:
         async with _chain_errors():
             plan = await self._active_plan(publisher)
-            await self._check_lengths(len(tokens), maximum_tokens)
-            fee = int(await self.chain.call("InferenceEscrow", "quote", plan.plan_id, len(tokens), maximum_tokens))
+            await self._check_lengths(given, maximum_tokens)
+            fee = int(await self.chain.call("InferenceEscrow", "quote", plan.plan_id, given.rows, maximum_tokens))
         return Quote(
             plan.plan_id,
             plan.publisher,
             plan.model_id,
             plan.stage_count,
-            len(tokens),
+            given.rows,
             maximum_tokens,
             plan.fee_per_token,
             fee,
@@ -313,7 +345,7 @@ class Client:
 
     async def request(
         self,
-        prompt: Message | Sequence[int],
+        prompt: Prompt,
         sampling: SamplingParameters | None = None,
         *,
         stop: Sequence[str] = (),
@@ -325,15 +357,17 @@ class Client:
     ) -> Answer:
         """Pay for and stream one answer.
 
-        `fee_wei` is the most that may be deposited (default: whatever the quote says). With `wait_for_settlement`
+        `sampling` defaults to greedy, with one token for a row of values (the class, the most such a request may ask
+        for). `fee_wei` is the most that may be deposited (default: whatever the quote says). With `wait_for_settlement`
         False it returns once the answer is there and the committee is drawn; `resume` follows it up. Raises
         RequesterError; after the deposit was paid that is NotServedError, which says when the deposit can be taken
         back.
         """
-        sampling = sampling or SamplingParameters()
-        tokens = self._prompt_tokens(prompt)
+        given = self._request_input(prompt)
+        if sampling is None:
+            sampling = SamplingParameters() if given.tokens else SamplingParameters(maximum_tokens=1)
         self._check_stop(stop)
-        quote = await self.quote(tokens, sampling.maximum_tokens, publisher=publisher)
+        quote = await self._quote(given, sampling.maximum_tokens, publisher)
         if fee_wei is not None and fee_wei < quote.fee_wei:
             raise InvalidRequestError(
                 f"the quote is {quote.fee_wei} wei, more than the {fee_wei} you allow: allow more, or ask for "
@@ -359,7 +393,7 @@ class Client:
             nonce=nonce,
             secret=secrets.token_bytes(32),
             salt=secrets.token_bytes(32),
-            prompt=tokens,
+            input=given,
             sampling=sampling,
             stop=tuple(stop),
             deposit=quote.fee_wei,
@@ -376,14 +410,14 @@ class Client:
                 nonce,
                 entry_commitment(entry),
                 secret_hash(entry.secret),
-                len(tokens),
+                given.rows,
                 sampling.maximum_tokens,
                 value=entry.deposit,
                 timeout_s=self._limits.transaction_s,
             )
         entry = self._save(entry.with_transaction("open", receipt.transaction_hash, stage="opened"))
         logger.info(
-            "request opened", request_id=entry.request_id.hex(), fee_wei=entry.deposit, prompt_tokens=len(tokens)
+            "request opened", request_id=entry.request_id.hex(), fee_wei=entry.deposit, prompt_tokens=given.rows
         )
         return await self._carry_on(entry, on_token, on_progress, wait_for_settlement)
 
@@ -423,7 +457,7 @@ class Client:
                         standing.status.name.capitalize(),
                         entry.created_at,
                         entry.deposit,
-                        len(entry.prompt),
+                        entry.input.rows,
                         len(entry.answer),
                         entry.finish_reason,
                         max(0, standing.deadline - standing.now + 1) if live else None,
@@ -471,13 +505,13 @@ class Client:
 
     def disclosure(self, request_id: bytes, *, with_tokens: bool = False) -> Disclosure:
         """What this requester can add to the record of a request: nonce, opened input, evidence, and the token ids if
-        asked for.
+        asked for. A row of values is never disclosed: the record holds its digest.
         """
         entry = self._entry(request_id)
         sampling = entry.sampling
         recorded_input = RecordedInput(
-            prompt_digest=content_digest(token_bytes(entry.prompt)),
-            prompt_tokens=len(entry.prompt),
+            prompt_digest=entry.input.digest,
+            prompt_tokens=entry.input.rows,
             sampling=RecordedSampling(
                 round(sampling.temperature * 1_000_000),
                 sampling.top_k,
@@ -500,7 +534,8 @@ class Client:
         )
         # The answer is under the evidence only if all of it arrived.
         complete = bool(evidence) and len(entry.answer) == evidence[-1].output_tokens
-        tokens = RecordedTokens(entry.prompt, entry.answer) if with_tokens and complete else None
+        prompt = entry.input.tokens
+        tokens = RecordedTokens(prompt, entry.answer) if with_tokens and complete and prompt else None
         return Disclosure(entry.nonce, recorded_input, tokens, evidence)
 
     # ------------------------------------------------------------------------------------------------------ one request
@@ -566,7 +601,7 @@ class Client:
         timing: _Timing,
     ) -> JournalEntry:
         """Stream the answer; the journal holds it when this returns."""
-        decoder = self._tokenizer.stream_decoder(entry.stop) if self._tokenizer is not None else None
+        decoder = self._decoder(entry.stop)
         pieces: list[str] = []
         try:
             async with self._session(entry, route, standing.now) as session:
@@ -714,32 +749,73 @@ class Client:
             f"there is no active plan {whose} {which}: ask the network's operator, or wait until its plan takes effect"
         )
 
-    async def _check_lengths(self, prompt_tokens: int, maximum_tokens: int) -> None:
+    async def _check_lengths(self, given: RequestInput, maximum_tokens: int) -> None:
         if maximum_tokens < 1:
             raise InvalidRequestError("ask for at least one token")
-        limit = int((await self.chain.call("InferenceEscrow", "terms")).maximumTokens)
-        if max(prompt_tokens, maximum_tokens) > limit:
+        if not given.tokens and maximum_tokens != 1:
             raise InvalidRequestError(
-                f"prompt of {prompt_tokens} and answer of {maximum_tokens} tokens: the contracts allow {limit} each"
+                f"a row of values has one answer, {maximum_tokens} tokens were asked for: ask for 1"
             )
-        if self._manifest is not None and prompt_tokens + maximum_tokens > self._manifest.context_limit:
+        limit = int((await self.chain.call("InferenceEscrow", "terms")).maximumTokens)
+        if max(given.rows, maximum_tokens) > limit:
             raise InvalidRequestError(
-                f"prompt ({prompt_tokens}) and answer ({maximum_tokens}) together exceed the model's context of "
+                f"prompt of {given.rows} and answer of {maximum_tokens} tokens: the contracts allow {limit} each"
+            )
+        # The last token drawn is nobody's input.
+        if self._manifest is not None and given.rows + maximum_tokens - 1 > self._manifest.context_limit:
+            raise InvalidRequestError(
+                f"prompt ({given.rows}) and answer ({maximum_tokens}) together exceed the model's context of "
                 f"{self._manifest.context_limit} tokens: shorten the prompt or ask for fewer tokens"
             )
 
-    def _prompt_tokens(self, prompt: Message | Sequence[int]) -> tuple[int, ...]:
+    def _request_input(self, prompt: Prompt) -> RequestInput:
+        """What goes to stage 0; InvalidRequestError if the model, where it is known, does not take it."""
+        if isinstance(prompt, np.ndarray):
+            return self._input_row(prompt)
         if isinstance(prompt, str) or any(isinstance(item, Mapping) for item in prompt):
             tokens = self.token_ids(cast("Message", prompt))
         else:
             tokens = tuple(cast("Sequence[int]", prompt))
         if not tokens:
             raise InvalidRequestError("the prompt is empty")
+        if self._manifest is not None and not self._manifest.takes_token_ids:
+            raise InvalidRequestError(
+                f"model {self._model_name} takes a row of {self._manifest.input_width} values, not token ids: give an "
+                "image"
+            )
         highest = self._manifest.vocabulary_size if self._manifest is not None else 2**31
         for token in cast("Sequence[object]", tokens):
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < highest:
                 raise InvalidRequestError(f"token id {token!r} is outside the vocabulary of {highest}")
-        return tokens
+        return RequestInput.of_tokens(tokens)
+
+    def _input_row(self, row: npt.NDArray[np.float32]) -> RequestInput:
+        try:
+            given = RequestInput.of_row(row)
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from error
+        if self._manifest is None:
+            return given
+        if self._manifest.takes_token_ids:
+            raise InvalidRequestError(
+                f"model {self._model_name} takes token ids, not a row of values: give a prompt, or the folder of a "
+                "model that takes rows"
+            )
+        if given.width != self._manifest.input_width:
+            raise InvalidRequestError(
+                f"the row holds {given.width} values, model {self._model_name} takes {self._manifest.input_width}"
+            )
+        return given
+
+    @property
+    def _model_name(self) -> str:
+        return self._manifest.name if self._manifest is not None else "unknown"
+
+    def _decoder(self, stop: Sequence[str]) -> StreamDecoder | LabelDecoder | None:
+        """What turns the tokens of an answer into text; None without a model folder."""
+        if self._images is not None:
+            return self._images.label_decoder()
+        return self._tokenizer.stream_decoder(stop) if self._tokenizer is not None else None
 
     def _check_stop(self, stop: Sequence[str]) -> None:
         if not stop:
@@ -779,22 +855,20 @@ class Client:
         )
 
 
-def load_model_folder(folder: Path) -> tuple[ModelManifest, ChatTokenizer]:
-    """Manifest and tokenizer of a prepared model; the tokenizer's files are checked against the manifest. No weights
-    are read.
+def load_model_folder(folder: Path) -> tuple[ModelManifest, ChatTokenizer | ImageProcessor]:
+    """Manifest of a prepared model, with its tokenizer or its image preprocessing and labels, whose files are checked
+    against the manifest. No weights are read.
     """
     try:
         manifest = ModelManifest.from_bytes((folder / MANIFEST_FILE).read_bytes())
-        for name, expected in (
-            ("tokenizer.json", manifest.tokenizer_sha256),
-            ("chat_template.jinja", manifest.chat_template_sha256),
-        ):
-            if content_digest((folder / name).read_bytes()) != expected:
+        is_classifier = manifest.task == "image-classification"
+        for name in (CONFIG_FILE, LABELS_FILE) if is_classifier else (TOKENIZER_FILE, CHAT_TEMPLATE_FILE):
+            if content_digest((folder / name).read_bytes()) != manifest.file_sha256(name):
                 raise InvalidRequestError(f"{name} in {folder} is not the one of its manifest: prepare the model again")
-        return manifest, ChatTokenizer(folder)
+        return manifest, ImageProcessor(folder) if is_classifier else ChatTokenizer(folder)
     except OSError as error:
         raise InvalidRequestError(f"{folder} is not a prepared model ({error}); `make model` prepares one") from error
-    except (ManifestError, ChatTokenizerError, SamplingError) as error:
+    except (ManifestError, ChatTokenizerError, ImageProcessorError) as error:
         raise InvalidRequestError(f"the model in {folder} cannot be used: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""One paid session over the nodes of its route: open it everywhere, stream the prompt in and the tokens out, close
+"""One paid session over the nodes of its route: open it everywhere, stream the input in and the tokens out, close
 it, ask for evidence.
 
 Promises that every token it yields came in order, and that at the end the last stage has signed for exactly those
@@ -36,6 +36,10 @@ logger = structlog.get_logger(__name__)
 
 FRAME_PAYLOAD_BYTES: Final = 1024 * 1024 - 4096
 """Payload of one frame; with its header a frame stays under 1 MiB."""
+_WIRE_ENCODINGS: Final = {
+    "token-ids": common_pb2.TENSOR_ENCODING_TOKEN_IDS,
+    "float32": common_pb2.TENSOR_ENCODING_RAW_FLOAT32,
+}
 MAXIMUM_EVIDENCE_STEPS: Final = 131_072
 FINISH_REASONS: Final = {
     common_pb2.FINISH_REASON_STOP: "stop",
@@ -155,7 +159,7 @@ class ExecutionSession:
                 raise refusal
 
     async def stream(self) -> AsyncIterator[int]:
-        """Send the prompt to stage 0 and yield the answer's tokens until the session ends and the last stage's
+        """Send the input to stage 0 and yield the answer's tokens until the session ends and the last stage's
         signature is checked.
 
         A broken stream after the first token ends the iteration with finish reason "interrupted": the nodes close
@@ -163,7 +167,7 @@ class ExecutionSession:
         """
         call = self._stubs[0].Forward()
         try:
-            for frame in self._prompt_frames():
+            for frame in self._input_frames():
                 await call.write(execution_pb2.ForwardRequest(frame=frame))
             while True:
                 limit = self._patience_s
@@ -298,17 +302,18 @@ class ExecutionSession:
         self._finish_reason = reason
 
     def _check_receipt(self, receipt: common_pb2.SignedHandOver) -> None:
-        """Stage 0's receipt for the prompt; its receipts for later steps are about tokens of the last stage."""
+        """Stage 0's receipt for the input; its receipts for later steps are about tokens of the last stage."""
         if receipt.step != 0 or receipt.stage != 0 or receipt.sent:
             return
-        chain = extend_chain(ZERO_HASH, content_digest(token_bytes(self._entry.prompt)))
+        chain = extend_chain(ZERO_HASH, self._entry.input.digest)
         values = (self._entry.request_id, 0, False, 0, chain)
         digest = typed_data.signing_digest(self._domains.verification, typed_data.HAND_OVER, values)
         if receipt.chain != chain or not typed_data.is_signed_by(digest, receipt.signature, self._route[0].node):
-            raise SessionError("stage 0 did not sign for the prompt that was sent", 0, invalid=True)
+            raise SessionError("stage 0 did not sign for the input that was sent", 0, invalid=True)
 
-    def _prompt_frames(self) -> list[execution_pb2.StepFrame]:
-        payload = token_bytes(self._entry.prompt)
+    def _input_frames(self) -> list[execution_pb2.StepFrame]:
+        given = self._entry.input
+        payload = given.data
         parts = [payload[at : at + FRAME_PAYLOAD_BYTES] for at in range(0, len(payload), FRAME_PAYLOAD_BYTES)]
         return [
             execution_pb2.StepFrame(
@@ -316,12 +321,12 @@ class ExecutionSession:
                 stage=0,
                 step=0,
                 position=0,
-                rows=len(self._entry.prompt),
-                encoding=common_pb2.TENSOR_ENCODING_TOKEN_IDS,
+                rows=given.rows,
+                encoding=_WIRE_ENCODINGS[given.encoding],
                 frame_index=index,
                 frame_count=len(parts),
                 payload=part,
-                digest=content_digest(payload) if index == 0 else b"",
+                digest=given.digest if index == 0 else b"",
             )
             for index, part in enumerate(parts)
         ]
@@ -334,8 +339,8 @@ class ExecutionSession:
     def _input_opening(self) -> execution_pb2.InputOpening:
         sampling = self._entry.sampling
         return execution_pb2.InputOpening(
-            prompt_digest=content_digest(token_bytes(self._entry.prompt)),
-            prompt_tokens=len(self._entry.prompt),
+            prompt_digest=self._entry.input.digest,
+            prompt_tokens=self._entry.input.rows,
             sampling=common_pb2.SamplingParameters(
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
@@ -353,8 +358,7 @@ class ExecutionSession:
 
 def entry_commitment(entry: JournalEntry) -> bytes:
     """The input commitment of a journal entry."""
-    prompt_digest = content_digest(token_bytes(entry.prompt))
-    return input_commitment(prompt_digest, len(entry.prompt), entry.sampling.digest(), entry.salt)
+    return input_commitment(entry.input.digest, entry.input.rows, entry.sampling.digest(), entry.salt)
 
 
 def _token_chain(tokens: Sequence[int]) -> bytes:

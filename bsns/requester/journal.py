@@ -1,4 +1,4 @@
-"""What a requester must not lose: the secret, the salt and the prompt of every request it paid for.
+"""What a requester must not lose: the secret, the salt and the input of every request it paid for.
 
 Owns the state folder: one file a request, `requests/<request id>.json`, readable by its owner only, written whole and
 synced to disk before the transaction that depends on it is sent. Promises that an entry read back equals the one
@@ -19,8 +19,11 @@ from bsns.protocol.commitments import EvidenceStep
 from bsns.protocol.identifiers import ProtocolError, RequestId, address
 from bsns.protocol.sampling import SamplingError, SamplingParameters
 from bsns.requester.errors import JournalError
+from bsns.requester.request_input import RequestInput
 
-JOURNAL_FORMAT: Final = 1
+JOURNAL_FORMAT: Final = 2
+# Written before inputs could be anything but token ids; a request paid then can still be taken up.
+_TOKENS_ONLY_FORMAT: Final = 1
 MAXIMUM_ENTRIES_LISTED: Final = 10_000
 
 Stage = Literal["prepared", "opened", "answered", "drawn", "concluded"]
@@ -51,7 +54,7 @@ class JournalEntry:
     nonce: int
     secret: bytes
     salt: bytes
-    prompt: tuple[int, ...]
+    input: RequestInput
     sampling: SamplingParameters
     stop: tuple[str, ...]
     deposit: int
@@ -144,7 +147,7 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(content: dict[str, Any]) -> JournalEntry:
-    if content["format"] != JOURNAL_FORMAT:
+    if content["format"] not in (JOURNAL_FORMAT, _TOKENS_ONLY_FORMAT):
         raise ValueError(f"format {content['format']!r}, this release reads {JOURNAL_FORMAT}")
     if content["stage"] not in get_args(Stage):
         raise ValueError(f"unknown stage {content['stage']!r}")
@@ -160,7 +163,7 @@ def _decode(content: dict[str, Any]) -> JournalEntry:
             nonce=int(content["nonce"]),
             secret=_hash(content["secret"]),
             salt=_hash(content["salt"]),
-            prompt=tuple(map(int, content["prompt"])),
+            input=_decode_input(content),
             sampling=sampling,
             stop=tuple(map(str, content["stop"])),
             deposit=int(content["deposit"]),
@@ -174,6 +177,13 @@ def _decode(content: dict[str, Any]) -> JournalEntry:
         )
     except (ProtocolError, SamplingError) as error:
         raise ValueError(str(error)) from error
+
+
+def _decode_input(content: dict[str, Any]) -> RequestInput:
+    if content["format"] == _TOKENS_ONLY_FORMAT:
+        return RequestInput.of_tokens(tuple(map(int, content["prompt"])))
+    found = content["input"]
+    return RequestInput(found["encoding"], bytes.fromhex(found["data"].removeprefix("0x")))
 
 
 def _decode_evidence(content: dict[str, Any]) -> StageEvidenceHeader:

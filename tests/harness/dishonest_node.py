@@ -7,11 +7,12 @@ anyway. It cheats when it serves and when it attests, as a node with other weigh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bsns.runtime.executor import ShardExecutor, StageExecutor, StageSession
+from bsns.runtime.executor import ShardExecutor, StageSession, open_stage
 from bsns.runtime.weight_store import WeightStore
 from node_client import cli
 from node_client.service import NodeService
@@ -19,24 +20,29 @@ from node_client.service import NodeService
 NOISE = 0.01
 
 
-class CheatingExecutor(StageExecutor):
-    """StageExecutor whose outputs carry noise, the same for equal inputs."""
+class CheatingExecutor:
+    """Any executor, with noise on its outputs that is the same for equal inputs."""
+
+    def __init__(self, honest: ShardExecutor) -> None:
+        self._honest = honest
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._honest, name)
 
     def forward(
         self, session: StageSession, inputs: Tensor, *, position: int, logit_rows: Sequence[int] | None = None
     ) -> Tensor:
-        output = super().forward(session, inputs, position=position, logit_rows=logit_rows)
+        output = self._honest.forward(session, inputs, position=position, logit_rows=logit_rows)
         generator = torch.Generator().manual_seed(position)
         noise = torch.randn(output.shape, generator=generator)
         return output + NOISE * output.norm(dim=-1, keepdim=True) * noise / noise.norm(dim=-1, keepdim=True)
 
 
 def cheating_executor(
-    store: WeightStore, first_unit: int, end_unit: int, *, threads: int, progress: object
+    store: WeightStore, first_unit: int, end_unit: int, *, threads: int, progress: Any
 ) -> ShardExecutor:
-    """Takes the place of node_client.shard_runtime.stage_executor."""
-    del progress
-    return CheatingExecutor(store, first_unit, end_unit, threads=threads)
+    """Takes the place of bsns.runtime.executor.open_stage."""
+    return CheatingExecutor(open_stage(store, first_unit, end_unit, threads=threads, progress=progress))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,16 @@ class Network:
             raise AssertionError(f"no {name} within {timeout_s:.0f} s\n{tails}") from None
 
     def request_command(self, prompt: str, record: Path, *, maximum_tokens: int, seed: int = 7) -> list[str]:
-        """`bsns request` as a requester would type it."""
+        """`bsns request` with a prompt, as a requester would type it."""
+        return [
+            *self.requester_command(record),
+            *("--max-tokens", str(maximum_tokens)),
+            *("--seed", str(seed)),
+            *("--", prompt),
+        ]
+
+    def requester_command(self, record: Path) -> list[str]:
+        """`bsns request` without what is asked."""
         devnet = self.devnet
         return [
             *(sys.executable, "-m", "bsns.cli", "request"),
@@ -68,10 +77,8 @@ class Network:
             *("--key-file", str(devnet.requester_key_file)),
             *("--model-folder", str(self.model_folder)),
             *("--state-dir", str(devnet.folder / "requester")),
-            *("--max-tokens", str(maximum_tokens)),
-            *("--seed", str(seed)),
             *("--record", str(record)),
-            *("--token-ids", "--json", "--", prompt),
+            *("--token-ids", "--json"),
         ]
 
     async def request(self, prompt: str, record: Path, *, maximum_tokens: int) -> dict[str, Any]:
@@ -112,6 +119,7 @@ async def running_network(
     model_folder: Path,
     *,
     node_count: int,
+    stage_count: int | None = None,
     terms: Terms | None = None,
     node_command: Callable[[int], Sequence[str]] | None = None,
 ) -> AsyncIterator[Network]:
@@ -119,7 +127,13 @@ async def running_network(
     progress: list[str] = []
     options: dict[str, Any] = {} if node_command is None else {"node_command": node_command}
     devnet = Devnet(
-        folder, model_folder / "manifest.json", node_count=node_count, terms=terms, progress=progress.append, **options
+        folder,
+        model_folder / "manifest.json",
+        node_count=node_count,
+        stage_count=stage_count,
+        terms=terms,
+        progress=progress.append,
+        **options,
     )
     async with devnet:
         await devnet.await_plan()

@@ -66,7 +66,7 @@ def greedy_tokens(model: Any, prompt: list[int], maximum_tokens: int) -> list[in
 async def test_answers_equal_transformers_greedy_and_their_records_verify(model_folder: Path, tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(model_folder)
     model = embedded_reference(model_folder)
-    async with running_network(tmp_path, model_folder, node_count=4) as network:
+    async with running_network(tmp_path, model_folder, node_count=4, stage_count=4) as network:
         for number, prompt in enumerate(PROMPTS):
             record_file = tmp_path / f"record-{number}.json"
             answer = await network.request(prompt, record_file, maximum_tokens=ANSWER_TOKENS)
@@ -97,7 +97,9 @@ async def test_dishonest_node_and_no_other_is_slashed_and_the_requester_refunded
         return (sys.executable, "-m", module)
 
     record_file = tmp_path / "record.json"
-    async with running_network(tmp_path, model_folder, node_count=4, node_command=node_command) as network:
+    async with running_network(
+        tmp_path, model_folder, node_count=4, stage_count=4, node_command=node_command
+    ) as network:
         answer = await network.request(PROMPTS[0], record_file, maximum_tokens=6)
         dishonest = network.devnet.nodes[dishonest_index].ready["node"]
         slashed = await network.events("NodeSlashed")
@@ -121,7 +123,7 @@ async def test_dishonest_node_and_no_other_is_slashed_and_the_requester_refunded
 async def test_coordinator_killed_after_every_chain_step_settles_exactly_once(tmp_path: Path) -> None:
     """kill -9 of the coordinator between any two chain steps of a request."""
     model_folder = prepared_tiny_model(tmp_path / "model")
-    async with running_network(tmp_path / "network", model_folder, node_count=3) as network:
+    async with running_network(tmp_path / "network", model_folder, node_count=3, stage_count=3) as network:
         command = network.request_command("a b c", tmp_path / "record.json", maximum_tokens=4)
         requesting = asyncio.ensure_future(run_command(command))
         for step in STEPS:

@@ -16,11 +16,11 @@ from bsns.protocol.identifiers import ZERO_HASH, RequestId
 from bsns.protocol.sampling import SamplingParameters
 from bsns.runtime import activation_codec
 from bsns.runtime.activation_codec import TensorEncoding
-from bsns.runtime.executor import StageExecutor
+from bsns.runtime.executor import StageExecutor, open_stage
 from bsns.runtime.weight_store import WeightStore
 from bsns.v1 import common_pb2, execution_pb2
 from node_client.evidence_store import EvidenceStore, StageResult
-from node_client.shard_runtime import decode_input, new_sketch, stage_executor
+from node_client.shard_runtime import decode_input, new_sketch
 from tests.integration.node_fixtures import (
     Network,
     OpenedRequest,
@@ -163,7 +163,7 @@ async def test_executor_that_hands_on_other_activations_is_far_from_what_the_com
         readies = [(await network.start_node(name))[1] for name in ("a", "c")]
 
         def lying(store: Any, first: int, end: int, *, threads: int, progress: Any) -> Any:
-            return LyingExecutor(stage_executor(store, first, end, threads=threads, progress=progress))
+            return LyingExecutor(open_stage(store, first, end, threads=threads, progress=progress))
 
         readies.append((await network.start_node("b", executor_factory=lying))[1])
         await network.until_active(*(ready.node for ready in readies))

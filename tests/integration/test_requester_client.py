@@ -98,7 +98,7 @@ async def test_request_secrets_are_on_disk_before_the_deposit_is_paid(tmp_path: 
             await client.request(PROMPT, SAMPLING)
         client._submitter.submit = submit  # type: ignore[method-assign]
         (entry,) = found
-        assert entry.prompt == PROMPT
+        assert entry.input.tokens == PROMPT
         assert len(entry.secret) == len(entry.salt) == 32
         (path,) = (tmp_path / "requests").iterdir()
         assert stat.S_IMODE(path.stat().st_mode) == 0o600

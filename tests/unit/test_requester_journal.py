@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bsns.protocol.commitments import EvidenceBuilder
@@ -13,6 +15,7 @@ from bsns.protocol.identifiers import RequestId
 from bsns.protocol.sampling import SamplingParameters
 from bsns.requester import JournalError
 from bsns.requester.journal import Journal, JournalEntry, StageEvidenceHeader
+from bsns.requester.request_input import RequestInput
 
 
 def entry(number: int = 1) -> JournalEntry:
@@ -29,7 +32,7 @@ def entry(number: int = 1) -> JournalEntry:
         nonce=2**127 + 1,
         secret=b"\6" * 32,
         salt=b"\7" * 32,
-        prompt=(1, 2, 3),
+        input=RequestInput.of_tokens((1, 2, 3)),
         sampling=SamplingParameters(temperature=0.7, top_p=0.9, seed=2**64 - 1, maximum_tokens=4),
         stop=("end",),
         deposit=10**18,
@@ -43,6 +46,24 @@ def test_journal_written_entry_reads_back_equal(tmp_path: Path) -> None:
     written = entry().with_transaction("open", b"\xaa" * 32, stage="opened")
     journal.write(written)
     assert Journal(tmp_path / "state").read(written.request_id) == written
+
+
+def test_journal_entry_with_a_row_of_values_reads_back_equal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    row = np.random.default_rng(0).standard_normal((1, 1000), dtype=np.float32)
+    written = dataclasses.replace(entry(), input=RequestInput.of_row(row))
+    journal.write(written)
+    assert journal.read(written.request_id) == written
+
+
+def test_journal_entry_of_the_format_that_knew_token_ids_only_is_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write(entry())
+    (path,) = (tmp_path / "requests").iterdir()
+    content = json.loads(path.read_text())
+    del content["input"]
+    path.write_text(json.dumps({**content, "format": 1, "prompt": [1, 2, 3]}))
+    assert journal.read(entry().request_id) == entry()
 
 
 def test_journal_files_are_readable_by_their_owner_only(tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""What crosses into and out of a stage, for models that take tokens and models that take rows of values."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bsns.protocol.manifest import ModelManifest
+from bsns.protocol.sampling import SamplingParameters
+from bsns.protocol.sketch import SketchError
+from bsns.runtime.activation_codec import ActivationError, TensorEncoding
+from bsns.v1 import common_pb2
+from node_client.errors import ErrorReason, Refusal
+from node_client.evidence_store import InputOpening
+from node_client.session_store import Session
+from node_client.shard_runtime import ShardRuntime, decode_input, input_bytes, input_encoding, new_sketch
+from tests.unit.shape_manifests import TEXT, VISION
+
+
+class _Stage:
+    """An executor of units [first, end) that gives its input's sum plus 0, 1, 2 … in a row of the cut's width."""
+
+    execution_class = "torch-cpu/float32/aten"
+
+    def __init__(self, manifest: ModelManifest, first: int, end: int) -> None:
+        self.manifest, self.first_unit, self.end_unit = manifest, first, end
+
+    def new_session(self, max_tokens: int) -> Any:
+        raise AssertionError(f"a session of {max_tokens} is not needed here")
+
+    def forward(
+        self, session: Any, inputs: Tensor, *, position: int, logit_rows: Sequence[int] | None = None
+    ) -> Tensor:
+        del session, position, logit_rows
+        return (inputs.sum() + torch.arange(self.manifest.row_width(self.end_unit)).float())[None]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "unit", "encoding", "size"),
+    [
+        (TEXT, 0, TensorEncoding.TOKEN_IDS, 4),
+        (TEXT, 1, TensorEncoding.RAW_FLOAT32, 4 * 8),
+        (VISION, 0, TensorEncoding.RAW_FLOAT32, 4 * 12),
+        (VISION, 1, TensorEncoding.RAW_FLOAT32, 4 * 20),
+        (VISION, 2, TensorEncoding.RAW_FLOAT32, 4 * 6),
+    ],
+)
+def test_input_of_a_stage_has_the_encoding_and_size_that_the_manifest_says(
+    manifest: ModelManifest, unit: int, encoding: TensorEncoding, size: int
+) -> None:
+    assert input_encoding(manifest, unit) is encoding
+    assert input_bytes(manifest, unit, 1) == size
+    assert input_bytes(manifest, unit, 3) == 3 * size
+
+
+def test_decode_input_of_the_first_stage_is_a_row_where_the_model_takes_rows() -> None:
+    row = np.arange(12, dtype="<f4")
+    decoded = decode_input(_Stage(VISION, 0, 1), row.tobytes(), 1)
+    assert decoded.dtype == torch.float32
+    assert decoded.shape == (1, 12)
+    assert decoded[0].tolist() == row.tolist()
+    tokens = decode_input(_Stage(TEXT, 0, 1), np.array([3, 96], "<i4").tobytes(), 2)
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == [3, 96]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.arange(11, dtype="<f4").tobytes(), "44 bytes received"),
+        (np.array([np.nan] * 12, dtype="<f4").tobytes(), "NaN"),
+    ],
+)
+def test_decode_input_of_something_else_than_a_row_says_what_was_expected(data: bytes, message: str) -> None:
+    with pytest.raises(ActivationError, match=message):
+        decode_input(_Stage(VISION, 0, 1), data, 1)
+
+
+def test_new_sketch_takes_rows_as_wide_as_the_cut_and_centres_logits_only() -> None:
+    inner, last = new_sketch(bytes(32), _Stage(VISION, 0, 1)), new_sketch(bytes(32), _Stage(VISION, 1, 3))
+    with pytest.raises(SketchError, match="20"):
+        inner.add(np.ones((1, 5), np.float32))
+    values = np.random.default_rng(0).standard_normal((1, 20), dtype=np.float32)
+    assert inner.add(values) != new_sketch(bytes(32), _Stage(VISION, 0, 1)).add(values + 1)
+    exact = np.array([[1, 2, 4, 8, 16]], np.float32)
+    assert last.add(exact) == new_sketch(bytes(32), _Stage(VISION, 1, 3)).add(exact + 32)
+
+
+async def test_step_of_inner_stage_gives_its_rows_and_of_the_last_a_class(tmp_path: Path) -> None:
+    runtime = ShardRuntime(tmp_path, threads=1, weight_memory_bytes=1)
+    try:
+        row = np.ones((1, 12), "<f4").tobytes()
+        greedy = SamplingParameters(maximum_tokens=1)
+        inner = await runtime.step(_Stage(VISION, 0, 1), None, row, rows=1, position=0, step=0, sampling=greedy)  # type: ignore[arg-type]
+        expected = (12 + np.arange(20)).astype("<f4")
+        assert inner.payload == expected.tobytes()
+        assert inner.token is None
+        last = await runtime.step(
+            _Stage(VISION, 1, 3), None, inner.payload, rows=1, position=0, step=0, sampling=greedy  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert last.token == 4
+        assert last.payload == (4).to_bytes(4, "little")
+        for output in (inner, last):
+            assert output.digest == hashlib.sha256(output.payload).digest()
+        with pytest.raises(Refusal) as refused:
+            await runtime.step(_Stage(VISION, 0, 1), None, row[4:], rows=1, position=0, step=0, sampling=greedy)  # type: ignore[arg-type]
+        assert refused.value.reason == ErrorReason.ERROR_REASON_MALFORMED_TENSOR
+    finally:
+        runtime.close()
+
+
+@pytest.mark.parametrize(
+    ("stage", "first", "end", "encodings", "sizes"),
+    [
+        (0, 0, 1, (TensorEncoding.RAW_FLOAT32, TensorEncoding.TOKEN_IDS), (48, 4)),
+        (1, 1, 3, (TensorEncoding.RAW_FLOAT32, TensorEncoding.RAW_FLOAT32), (80, 80)),
+    ],
+)
+async def test_session_of_a_vision_model_takes_a_row_first_and_tokens_back_at_stage_0(
+    stage: int, first: int, end: int, encodings: tuple[TensorEncoding, ...], sizes: tuple[int, ...]
+) -> None:
+    executor = _Stage(VISION, first, end)
+    session = Session(
+        request_id=bytes(32),
+        stage=stage,
+        route=(),
+        requester="0x" + "11" * 20,  # type: ignore[arg-type]
+        opening=InputOpening(bytes(32), 1, SamplingParameters(maximum_tokens=1), bytes(32)),
+        model=bytes(32),  # type: ignore[arg-type]
+        executor=executor,
+        cache=None,
+        cache_bytes=0,
+        sketch=new_sketch(bytes(32), executor),
+        inbox=asyncio.Queue(1),
+    )
+    assert tuple(session.encoding_of(step) for step in range(2)) == encodings
+    assert tuple(session.input_bytes_of(step) for step in range(2)) == sizes
+    assert session.is_final(3, 1)
+    assert session.reason_of(3) == common_pb2.FINISH_REASON_LENGTH
