@@ -22,10 +22,12 @@ Truths = NDArray[np.bool_]
 _NEIGHBOURS: Final = 96
 _PATIENCE: Final = 12
 """Neighbourhoods without progress after which the search ends."""
-_FILLS: Final = 64
-"""Times that a set of orders may be filled, and once more for each node."""
-_COARSE: Final = 4_096
-"""The search compares orders by thresholds known up to this part of them; the last order's is exact."""
+_FILLS: Final = 48
+"""Times that a set of orders may be filled, and once more for every two nodes."""
+_COARSE: Final = 1_024
+"""The first orders are compared by thresholds known up to this part of them."""
+_PROBES: Final = 32
+"""Thresholds that are tried at once for one order."""
 _SLICE_WORK: Final = 400_000_000
 """Table cells that dynamic programmes over single orders may compute in all."""
 _TOLERANCE: Final = 1e-12
@@ -54,29 +56,31 @@ class OrderSearch:
         # All nodes' times in one sorted array, each behind those of the node before it.
         self._flat: Integers = (chain.prefix + np.arange(chain.nodes, dtype=np.int64)[:, None] * self._stride).ravel()
         self._reach: Integers = chain.reach.ravel()
-        self._fills = _FILLS + chain.nodes
-        self._limit = self._most()
+        self._fills = _FILLS + chain.nodes // 2
+        self.limit: Final = self._most()
+        """More than any stage can take."""
         mean = chain.prefix.mean(axis=0)
         self._progress = mean / max(float(mean[-1]), 1.0)
 
-    def best(self, starts: Sequence[Sequence[int]], bound: Callable[[int], int]) -> tuple[Stages | None, int]:
-        """The best partition found, and the lower bound that `bound` gave for the value of the first one found.
+    def best(self, starts: Sequence[Sequence[int]], least: int) -> Stages | None:
+        """The best partition found, its nodes by number; None if none was found.
 
-        `starts`: orders of nodes to begin from, besides those by speed and memory. The stages' nodes are numbers.
+        `starts`: orders of nodes to begin from, besides those by speed and memory. `least`: a lower bound; the search
+        ends where it is met.
         """
         orders = self._starts(starts)
-        values = self._least(orders, 0, self._limit)
+        values = self._first(orders, least)
         pick = int(values.argmin())
         order, value = orders[pick], int(values[pick])
         if value >= NEVER:
             order, value = self._any(orders)
             if value >= NEVER:
-                return None, 0
-        least = bound(value) if self._chain.even else 0
-        order, value = self._improve(order, value, least)
+                return None
         if self._chain.even:
-            return self._fill_one(order, value), least
-        return self._correct(orders, order, bound)
+            order, value = self._improve(order, value, least)
+            return self._fill_one(order, value)
+        order, _ = self._improve(order, value, 0)
+        return self._correct(orders, order, least)
 
     # ------------------------------------------------------------------------------------- filling, many orders
 
@@ -133,8 +137,8 @@ class OrderSearch:
             base = group[0] * width
             most = np.minimum(self._flat[base + at] + thresholds - transfer, (group[0] + 1) * self._stride - 1)
             end: Integers = np.searchsorted(self._flat, most, side="right") - 1 - base
-            most = self._reach[base + at]
-            return np.minimum(end, most)
+            reached: Integers = np.minimum(end, self._reach[base + at])
+            return reached
         low, high = at, self._reach[group * width + at].min(axis=0)
         while (low < high).any():  # costs grow with the end
             middle = (low + high + 1) // 2
@@ -153,16 +157,26 @@ class OrderSearch:
         beyond = np.where(chain.host[node] > 0, np.maximum(memory - chain.room[node], 0), 0)
         return rate_ns(beyond, np.maximum(chain.host[node], 1))
 
-    def _least(self, orders: Integers, low: int, high: int, *, coarse: int = _COARSE) -> Integers:
-        """A threshold at which each order holds all units, at most 1/`coarse` above the least one (0: the least), for
-        those that may be the best; NEVER where even `high` is not enough.
+    def _first(self, orders: Integers, least: int) -> Integers:
+        """`_least` from `least` up: where the bound is tight, one look is enough."""
+        high, step = min(least, self.limit), max(least // 64, 1)
+        while high < self.limit:
+            reached, _, _ = self._fill(orders, np.full(len(orders), high, dtype=np.int64))
+            if (reached == self._chain.units).any():
+                break
+            high, step = min(high + step, self.limit), 2 * step
+        return self._least(orders, least, high)
+
+    def _least(self, orders: Integers, low: int, high: int) -> Integers:
+        """A threshold at which each order holds all units, at most 1/_COARSE above the least one, for those that may be
+        the best; NEVER where even `high` is not enough.
         """
         reached, _, slowest = self._fill(orders, np.full(len(orders), high, dtype=np.int64))
         done = reached == self._chain.units
         best = np.where(done, np.minimum(slowest, high), NEVER)
         lows = np.full(len(orders), low, dtype=np.int64)
         while True:
-            gap = np.maximum(lows // coarse, 1) if coarse else 1
+            gap = np.maximum(lows // _COARSE, 1)
             rows = np.flatnonzero(done & (best - lows >= gap) & (lows <= int(best.min())))
             if not rows.size:
                 return best
@@ -172,8 +186,21 @@ class OrderSearch:
             best[rows] = np.where(held, np.minimum(slowest, middle), best[rows])
             lows[rows] = np.where(held, lows[rows], middle + 1)
 
+    def _exact(self, order: Integers, low: int, high: int) -> int:
+        """The least threshold from `low` to `high` at which one order holds all units, if it does at `high`."""
+        orders = np.repeat(order[None, :], _PROBES, axis=0)
+        while low < high:
+            thresholds = low + (high - low) * np.arange(_PROBES, dtype=np.int64) // _PROBES
+            reached, _, slowest = self._fill(orders, thresholds)
+            held = np.flatnonzero(reached == self._chain.units)
+            first = int(held[0]) if held.size else _PROBES
+            if first < _PROBES:
+                high = min(int(slowest[first]), int(thresholds[first]))
+            if first > 0:
+                low = int(thresholds[first - 1]) + 1
+        return high
+
     def _most(self) -> int:
-        """More than any stage can take."""
         chain = self._chain
         hops = chain.transfers(int(chain.sizes[-1])) if chain.units > 1 else self._hop
         slowest = int(chain.prefix[:, -1].max()) + 2 * int(hops[hops < NEVER].max(initial=0))
@@ -228,9 +255,9 @@ class OrderSearch:
 
     def _any(self, orders: Integers) -> tuple[Integers, int]:
         """An order that holds all units at any price, by a search for reach; its value is NEVER if none is found."""
-        reached, _, _ = self._fill(orders, np.full(len(orders), self._limit, dtype=np.int64))
-        order, _ = self._climb(orders[int(reached.argmax())], self._limit)
-        return order, int(self._least(order[None, :], 0, self._limit)[0])
+        reached, _, _ = self._fill(orders, np.full(len(orders), self.limit, dtype=np.int64))
+        order, _ = self._climb(orders[int(reached.argmax())], self.limit)
+        return order, int(self._least(order[None, :], 0, self.limit)[0])
 
     def _climb(self, order: Integers, threshold: int) -> tuple[Integers, bool]:
         """Change `order` until it holds all units within `threshold`, by how far it gets; whether it does."""
@@ -258,12 +285,13 @@ class OrderSearch:
 
     def _improve(self, order: Integers, value: int, least: int) -> tuple[Integers, int]:
         """Lower the threshold under the order until the search finds none that holds all units."""
+        value = self._exact(order, least, value)
         while value > least and not self._tick():
             found, done = self._climb(order, value - 1)
             if not done:
                 break
-            order, value = found, int(self._least(found[None, :], least, value - 1)[0])
-        return order, int(self._least(order[None, :], least, value, coarse=0)[0])
+            order, value = found, self._exact(found, least, value - 1)
+        return order, value
 
     def _fill_one(self, order: Integers, value: int) -> Stages:
         _, ends, _ = self._fill(order[None, :], np.array([value], dtype=np.int64))
@@ -277,19 +305,18 @@ class OrderSearch:
 
     # ------------------------------------------------------------------------------------- slicing, one order
 
-    def _correct(self, orders: Integers, order: Integers, bound: Callable[[int], int]) -> tuple[Stages | None, int]:
+    def _correct(self, orders: Integers, order: Integers, least: int) -> Stages | None:
         """The search again, with the true width of every cut: fewer orders, each cut by the dynamic programme."""
         best: Stages | None = None
         spent = 0
         for candidate in [order, *orders]:
-            best, spent = self._slice(candidate, self._limit)
+            best, spent = self._slice(candidate, self.limit)
             if best is not None:
                 order = candidate
                 break
         if best is None:
-            return None, 0
+            return None
         value = self._value(best)
-        least = bound(value)
         best, value, spent = self._lower(order, best, value, least, spent)
         idle = 0
         while idle < _PATIENCE and value > least and spent < _SLICE_WORK and not self._tick():
@@ -303,7 +330,7 @@ class OrderSearch:
                     break
                 if spent >= _SLICE_WORK or self._tick():
                     break
-        return best, least
+        return best
 
     def _lower(self, order: Integers, best: Stages, value: int, low: int, spent: int) -> tuple[Stages, int, int]:
         """The best cuts of one order, by bisection."""

@@ -93,7 +93,7 @@ class _Run:
             return self._finish(best, self._value(best), "exact dynamic programme", "sequential: exact")
         walk = chain_bound.walk(chain, exclusive=True)
         search = OrderSearch(chain, seed=self._seed, value=self._value, tick=self._late)
-        filled, _ = search.best(self._first_orders(), lambda value: value)
+        filled = search.best(self._first_orders(), search.limit)
         best = self._accept([walk[1] if walk is not None else None, filled, self._recursion])
         if best is None:
             raise problem.infeasible()
@@ -102,25 +102,16 @@ class _Run:
     def throughput(self) -> Partition:
         problem, chain = self._problem, self._chain
         search = OrderSearch(chain, seed=self._seed, value=self._value, tick=self._late)
-        bounds: dict[str, tuple[int, str]] = {}
-
-        def bound(value: int) -> int:
-            bounds["found"] = chain_bound.lower_bound(chain, value)
-            return bounds["found"][0]
-
-        found, _ = search.best(self._first_orders(), bound)
-        best = self._accept([found, self._recursion])
+        lower, argument = chain_bound.lower_bound(chain, search.limit)
+        best = self._accept([search.best(self._first_orders(), lower), self._recursion])
         if best is not None:
             best = self._spread(best)
-        if problem.terms.spread_leftover and problem.terms.maximum_assignments > problem.terms.replicas:
+        if problem.terms.spread_leftover and chain.nodes > problem.terms.replicas:
             best = self._accept([best, *(self._replicated(count) for count in _STAGE_COUNTS)])
         if best is None and not self._exact:
             raise problem.infeasible()
-        lower, argument = (0, "")
-        if best is not None:
-            lower, argument = chain_bound.lower_bound(chain, self._value(best))
-            if lower == self._value(best) or not self._exact or self._late():
-                return self._finish(best, lower, argument, "sequential: order search")
+        if best is not None and (self._value(best) == lower or not self._exact or self._late()):
+            return self._finish(best, lower, argument, "sequential: order search")
         return self._exactly(best, lower)
 
     # --------------------------------------------------------------------------------------------------- inside

@@ -275,8 +275,10 @@ def _duration(size: Integers, per_second: int) -> Integers:
     """Nanoseconds of `size` bytes, rounded up, also where size times 10**9 exceeds 64 bits."""
     if per_second < 2**33:
         seconds, rest = np.divmod(size, per_second)
-        return seconds * SECOND_NS - (-rest * SECOND_NS // per_second)
+        whole: Integers = seconds * SECOND_NS - (-rest * SECOND_NS // per_second)
+        return whole
     if size.max(initial=0) < 2**33:
-        return np.negative(-size * SECOND_NS // per_second)
+        small: Integers = -(-size * SECOND_NS // per_second)
+        return small
     exact: Integers = (-(-size.astype(object) * SECOND_NS // per_second)).astype(np.int64)
     return exact

@@ -1,8 +1,8 @@
 """A neural network as planners see it: operators, the tensors between them, and the parameters they need.
 
-Owns the one graph type that every capture produces and every planner takes (paper §1.4: V, E, work, sizeparam, sizeout).
-Promises that a graph which constructs is a non-empty DAG given in a topological order, with costs that are non-negative
-integers. Does not know torch, machines or plans.
+Owns the one graph type that every capture produces and every planner takes (paper §1.4: V, E, work, sizeparam,
+sizeout). Promises that a graph which constructs is a non-empty DAG given in a topological order, with costs that are
+non-negative integers. Does not know torch, machines or plans.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Promises PLAN-01: a ShardPlan that constructs covers every unit exactly once per replica chain, in half-open ranges
 without gaps, exactly as ShardAssignments.publishPlan checks it. Does not decide who gets what; that is
-coordinator.planning.
+bsns.planning.
 """
 
 from __future__ import annotations

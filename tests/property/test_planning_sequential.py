@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +12,6 @@ from bsns.planning import (
     Link,
     Links,
     Objective,
-    Partition,
     PlanningError,
     PlanningNode,
     Problem,
@@ -23,9 +21,10 @@ from bsns.planning import (
 )
 from bsns.planning.chain import Chain
 from bsns.planning.chain_bound import lower_bound
-from bsns.planning.problem import SECOND_NS, evaluate
+from bsns.planning.problem import SECOND_NS
 from bsns.protocol.identifiers import address
 from bsns.protocol.model_graph import ModelGraph, Operator, Parameter, Tensor
+from tests.unit.planning_instances import every_partition
 
 _KEYS = ("embedding", "block", "head")
 
@@ -90,31 +89,7 @@ def problems(draw: st.DrawFn, units: int = 5, nodes: int = 4) -> Problem:
         return draw(problems(units, nodes))
 
 
-def every_partition(problem: Problem) -> Iterator[Partition]:
-    """All that `evaluate` accepts."""
-    units, terms = len(problem.graph.operators), problem.terms
-    for stages in range(1, min(units, len(problem.nodes)) + 1):
-        for inner in itertools.combinations(range(1, units), stages - 1):
-            cuts = [0, *inner, units]
-            for serves in itertools.product(range(stages + 1), repeat=len(problem.nodes)):  # `stages`: none
-                groups = [
-                    tuple(node for node, number in zip(problem.nodes, serves, strict=True) if number == stage)
-                    for stage in range(stages)
-                ]
-                if min(len(group) for group in groups) < terms.replicas:
-                    continue
-                try:
-                    yield _evaluated(problem, [(cuts[i], cuts[i + 1], group) for i, group in enumerate(groups)])
-                except PlanningError:
-                    continue
-
-
-def _evaluated(problem: Problem, stages: Sequence[tuple[int, int, tuple[PlanningNode, ...]]]) -> Partition:
-    order = range(len(problem.graph.operators))
-    return evaluate(problem, order, stages, lower_bound_ns=0, bound="", solver="brute force")
-
-
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=150)
 @given(problem=problems())
 def test_solve_exactly_equals_the_best_of_all_partitions(problem: Problem) -> None:
     values = [item.value_ns for item in every_partition(problem)]
@@ -128,7 +103,7 @@ def test_solve_exactly_equals_the_best_of_all_partitions(problem: Problem) -> No
     assert found.ratio == 1.0
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(problem=problems())
 def test_solve_by_search_is_a_partition_between_the_optimum_and_the_recursion(problem: Problem) -> None:
     values = [item.value_ns for item in every_partition(problem)]
@@ -144,7 +119,7 @@ def test_solve_by_search_is_a_partition_between_the_optimum_and_the_recursion(pr
     assert "exact" not in found.solver
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(problem=problems())
 def test_lower_bound_is_below_every_partition(problem: Problem) -> None:
     values = [item.value_ns for item in every_partition(problem)]
@@ -154,8 +129,10 @@ def test_lower_bound_is_below_every_partition(problem: Problem) -> None:
         assert argument
 
 
-@settings(deadline=None, max_examples=150)
-@given(problem=problems(units=9, nodes=7), seed=st.integers(0, 3), exact_work=st.sampled_from([0, sequential.EXACT_WORK]))
+@settings(deadline=None, max_examples=80)
+@given(
+    problem=problems(units=9, nodes=7), seed=st.integers(0, 3), exact_work=st.sampled_from([0, sequential.EXACT_WORK])
+)
 def test_plan_covers_every_unit_once_in_each_replica_chain(problem: Problem, seed: int, exact_work: int) -> None:
     """PLAN-01."""
     try:
@@ -173,7 +150,7 @@ def test_plan_covers_every_unit_once_in_each_replica_chain(problem: Problem, see
     assert found.lower_bound_ns <= found.value_ns
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(problem=problems(units=6, nodes=4))
 def test_partition_by_hybrid_of_a_fixed_order_is_the_sequential_answer(problem: Problem) -> None:
     try:
