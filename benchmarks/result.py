@@ -41,8 +41,8 @@ class Figure:
         return _COMPARISONS[comparison](self.value, float(limit))
 
 
-def write_result(name: str, seed: str, figures: Sequence[Figure]) -> bool:
-    """Print the figures as a table and write them to results/`name`.json. Whether every goal is met."""
+def print_table(figures: Sequence[Figure]) -> bool:
+    """Print the figures with their goals. Whether every goal is met."""
     width = max(len(item.name) for item in figures)
     print(f"\n{'figure':{width}}  {'value':>12}  {'low':>12}  {'high':>12}  samples  goal")
     for item in figures:
@@ -51,6 +51,11 @@ def write_result(name: str, seed: str, figures: Sequence[Figure]) -> bool:
             f"{item.name:{width}}  {item.value:12.5g}  {item.low:12.5g}  {item.high:12.5g}  {item.samples:7}  "
             f"{verdict or '-'} ({item.unit})"
         )
+    return all(item.met is not False for item in figures)
+
+
+def write_result(name: str, seed: str, figures: Sequence[Figure]) -> None:
+    """Write the figures to results/`name`.json."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     document = {
         "name": name, "commit": commit or None, "machine": f"{platform.machine()}, Python {platform.python_version()}",
@@ -63,6 +68,4 @@ def write_result(name: str, seed: str, figures: Sequence[Figure]) -> bool:
     }  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
-    met = all(item.met is not False for item in figures)
-    print(f"wrote {name}.json; goals met: {met}")
-    return met
+    print(f"wrote {name}.json")

@@ -44,7 +44,6 @@ __all__ = [
 
 SOLVERS: Final = ("hybrid", "sequential", "slice-graph", "genetic", "milp")
 _MILP_SECONDS: Final = 60.0
-_GENERATIONS: Final = 100
 _DEFAULT_TERMS: Final = Terms()
 
 
@@ -89,7 +88,7 @@ def partition(
         case "genetic":
             from bsns.planning import genetic
 
-            return genetic.solve(problem, seed=seed, deadline_s=deadline_s, generations=_GENERATIONS)
+            return genetic.solve(problem, seed=seed, deadline_s=deadline_s)
         case "milp":
             from bsns.planning import milp
 

@@ -83,7 +83,8 @@ class Chain:
     def overflowing(self, node: int, end: int) -> Integers:
         """Nanoseconds of every run that ends at cut `end` on a node with a host rate, without transfers."""
         beyond = np.maximum(self.memory[:end, end] - self.room[node], 0)
-        return self.prefix[node, end] - self.prefix[node, :end] + rate_ns(beyond, self.host[node])
+        time: Integers = self.prefix[node, end] - self.prefix[node, :end] + rate_ns(beyond, self.host[node])
+        return time
 
     @cached_property
     def _links(self) -> tuple[Integers, Integers]:

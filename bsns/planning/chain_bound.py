@@ -207,12 +207,12 @@ def walk(chain: Chain, *, exclusive: bool) -> tuple[int, list[tuple[int, int, tu
     came = np.full((m, n + 1, 2), -1, dtype=np.int64)  # first cut of the last run; node before at each cut
     used = np.zeros((m, n + 1, m), dtype=bool) if exclusive else None
     nodes = np.arange(m)
-    hosts = np.flatnonzero(chain.host)
+    hosts = [node for node in range(m) if chain.host[node]]
     hops = {int(size): chain.transfers(int(size)) for size in chain.sizes[:1]} if chain.even else {}
     for end in range(1, n + 1):
         run = np.where(chain.reach[:, :end] >= end, chain.prefix[:, end : end + 1] - chain.prefix[:, :end], NEVER)
         for node in hosts:
-            run[node] = chain.overflowing(int(node), end)
+            run[node] = chain.overflowing(node, end)
         total = run + begin[:, :end]
         starts = total.argmin(axis=1)
         value[:, end] = np.minimum(total[nodes, starts], NEVER)

@@ -22,7 +22,7 @@ Truths = NDArray[np.bool_]
 _NEIGHBOURS: Final = 96
 _PATIENCE: Final = 12
 """Neighbourhoods without progress after which the search ends."""
-_FILLS: Final = 48
+_FILLS: Final = 44
 """Times that a set of orders may be filled, and once more for every two nodes."""
 _COARSE: Final = 1_024
 """The first orders are compared by thresholds known up to this part of them."""
@@ -121,8 +121,8 @@ class OrderSearch:
 
     def _fits(self, group: Integers, at: Integers, end: Integers, thresholds: Integers, transfer: Integers) -> Truths:
         """Whether runs [at, end) on `group` (replicas, rows), with `transfer` beside them, keep the thresholds."""
-        reach = self._reach[group * (self._chain.units + 1) + at].min(axis=0)
-        holds: Truths = reach >= end
+        reach = self._reach[group * (self._chain.units + 1) + at]
+        holds: Truths = reach[0] >= end if len(group) == 1 else reach.min(axis=0) >= end
         if len(group) == 1:
             return holds & (self._run(group[0], at, end) + transfer <= thresholds)
         rate = np.zeros(len(at))

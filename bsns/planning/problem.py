@@ -339,8 +339,13 @@ class Problem:
 
     def _check_terms(self) -> None:
         terms, units = self.terms, len(self.graph.operators)
-        if not isinstance(self.objective, Objective) or not isinstance(terms.transfers, Transfers):
-            raise PlanningError(f"{self.objective!r} with {terms.transfers!r} transfers is no objective of the planner")
+        choices: tuple[tuple[object, type[enum.StrEnum]], ...] = (
+            (self.objective, Objective),
+            (terms.transfers, Transfers),
+        )
+        for value, kind in choices:
+            if not isinstance(value, kind):
+                raise PlanningError(f"{value!r} is no {kind.__name__}: {', '.join(kind)}")
         for name in ("replicas", "maximum_stages", "maximum_assignments"):
             _require_integer(getattr(terms, name), 1, f"terms: {name}")
         for name in ("concurrent_sessions", "session_tokens"):

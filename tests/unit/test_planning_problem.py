@@ -247,6 +247,11 @@ def test_problem_with_impossible_terms_says_which(terms: Terms, message: str) ->
         Problem(chain(), tuple(node(number) for number in range(1, 9)), Links(LINK), terms=terms)
 
 
+def test_problem_with_an_objective_that_is_no_member_lists_them() -> None:
+    with pytest.raises(PlanningError, match="'latency' is no Objective: throughput, latency"):
+        Problem(chain(), (A,), Links(None), "latency")  # type: ignore[arg-type]
+
+
 def test_graph_that_is_empty_or_cyclic_or_not_a_number_is_refused_before_any_planning() -> None:
     with pytest.raises(GraphError, match="no operators"):
         ModelGraph("empty", (), ())
