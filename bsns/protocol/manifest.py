@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, cast, get_args
 
+from bsns.protocol.bounded_json import parse_json
 from bsns.protocol.identifiers import keccak256
 from bsns.protocol.merkle import MerkleTree, leaf_hash
 
@@ -215,8 +216,8 @@ class ModelManifest:
         if len(data) > MAXIMUM_MANIFEST_BYTES:
             raise ManifestError(f"manifest has {len(data)} bytes, more than the limit of {MAXIMUM_MANIFEST_BYTES}")
         try:
-            document = json.loads(data.decode())
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            document = parse_json(data)
+        except ValueError as error:
             raise ManifestError(f"manifest is not UTF-8 JSON: {error}; fetch it again") from error
         fields = _checked_fields(document, cls, "manifest")
         units = fields["units"]

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Final, Union, cast, get_args, get_origin, get
 
 from eth_typing import ChecksumAddress
 
+from bsns.protocol.bounded_json import parse_json
 from bsns.protocol.commitments import FINGERPRINT_LENGTH, EvidenceStep
 from bsns.protocol.identifiers import ProtocolError, address
 from bsns.protocol.plan import Assignment
@@ -510,10 +511,10 @@ class VerificationRecord:
         if len(data) > MAXIMUM_RECORD_BYTES:
             raise RecordError(f"record has {len(data)} bytes, more than the limit of {MAXIMUM_RECORD_BYTES}")
         try:
-            document = json.loads(data.decode(), parse_float=_refuse_float, parse_constant=_refuse_float)
+            document = parse_json(data, parse_float=_refuse_float, parse_constant=_refuse_float)
         except RecordError:
             raise
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        except ValueError as error:
             raise RecordError(f"record is not UTF-8 JSON: {error}") from error
         record = cast("VerificationRecord", _decode(document, cls, "record"))
         if record.to_bytes() != data:
