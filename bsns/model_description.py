@@ -1,8 +1,7 @@
 """What a model looks like to a planner, for people: its units, what crosses each cut, and the best cuts for a fleet.
 
 Owns the figures behind `bsns model`. Promises that times are measured on this machine, by the same code by which a node
-measures itself, and that cuts come from the planner that publishes plans. Does not
-write to a terminal.
+measures itself, and that cuts come from the planner that publishes plans. Does not write to a terminal.
 """
 
 from __future__ import annotations
@@ -66,7 +65,8 @@ def prepared_folder(model: str) -> Path:
     try:
         return prepare(model, report=lambda line: print(line, file=sys.stderr, flush=True))
     except (PreparationError, OSError) as error:
-        raise ModelUnavailableError(str(error)) from error
+        found = f"folder {folder} has no manifest.json, and " if model and folder.is_dir() else ""
+        raise ModelUnavailableError(f"{found}{error}") from error
 
 
 def describe(

@@ -67,12 +67,13 @@ class ProbeFailedError(Exception):
 async def time_link(probe: Probe, seconds: float) -> tuple[int, int]:
     """Round trip in nanoseconds (median of small messages) and throughput to the peer in bytes a second.
 
-    Takes at most `seconds`. Of a link on which no large message arrives in that time, the throughput is what it was
-    at most. ProbeFailedError where small messages are not answered in time, or an answer proves nothing.
+    Takes at most `seconds`, and half of them at most for small messages. Of a link on which no large message arrives
+    in what is left, the throughput is what it was at most. ProbeFailedError where small messages are not answered in
+    time, or an answer proves nothing.
     """
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
 
-    async def elapsed(size: int) -> int:
+    async def elapsed(size: int, deadline: float) -> int:
         payload = secrets.token_bytes(size)
         started = time.perf_counter_ns()
         digest = await probe(payload, max(0.0, deadline - time.monotonic()))
@@ -82,15 +83,16 @@ async def time_link(probe: Probe, seconds: float) -> tuple[int, int]:
         return taken
 
     try:
-        await elapsed(_SMALL_BYTES)  # connects, and lets the peer look up who asks
-        round_trips = [await elapsed(_SMALL_BYTES) for _ in range(_ROUND_TRIPS)]
+        # What is left tells how slow the link is: a peer that takes its time here would leave none, and look fast.
+        await elapsed(_SMALL_BYTES, began + seconds / 2)  # connects, and lets the peer look up who asks
+        round_trips = [await elapsed(_SMALL_BYTES, began + seconds / 2) for _ in range(_ROUND_TRIPS)]
     except TimeoutError:
-        raise ProbeFailedError(f"no answer within {seconds:g} s") from None
+        raise ProbeFailedError(f"{_ROUND_TRIPS + 1} small messages were not answered in {seconds / 2:g} s") from None
     throughput = 0
     for size in _BULK_BYTES:
         started = time.perf_counter_ns()
         try:
-            taken = await elapsed(size)
+            taken = await elapsed(size, began + seconds)
         except TimeoutError:
             if not throughput:
                 throughput = size * _NANOSECONDS // (time.perf_counter_ns() - started)
@@ -252,13 +254,14 @@ class ProbeResponder:
                 ErrorReason.ERROR_REASON_MESSAGE_TOO_LARGE,
                 f"a probe of {len(payload)} bytes, at most {MAXIMUM_PROBE_BYTES} are taken",
             )
+        if caller not in self._spent and (status := await self._chain.node_status(caller)) not in _SERVING:
+            raise Refusal(ErrorReason.ERROR_REASON_NODE_NOT_ACTIVE, f"node {caller} is {status.name} in the registry")
+        # Nothing is awaited from here on: probes that arrive together are all counted.
         if self._clock() - self._window_began >= _WINDOW_SECONDS:
             self._window_began = self._clock()
             self._spent.clear()
         cost = max(len(payload), _LEAST_COST_BYTES)
         if self._spent.get(caller, 0) + cost > _CALLER_BYTES_A_MINUTE or sum(self._spent.values()) + cost > self._limit:
             raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "too many probes; measure again in a minute")
-        if caller not in self._spent and (status := await self._chain.node_status(caller)) not in _SERVING:
-            raise Refusal(ErrorReason.ERROR_REASON_NODE_NOT_ACTIVE, f"node {caller} is {status.name} in the registry")
         self._spent[caller] = self._spent.get(caller, 0) + cost
         return content_digest(payload)

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bsns.protocol.model_graph import ModelGraph, Operator, Parameter
 from bsns.protocol.model_graph import Tensor as GraphTensor
+from bsns.runtime.operator_policy import refusal
 from bsns.runtime.program import (
     BATCH,
     MAXIMUM_DIMENSION,
@@ -40,7 +41,6 @@ from bsns.runtime.program import (
     Value,
     dtype_name,
     encode_argument,
-    refusal,
     runs_without_data,
 )
 
@@ -82,10 +82,12 @@ def capture(
     dynamic_shapes: Sequence[Mapping[int, Any] | None] | None = None,
     name: str = "captured",
 ) -> CapturedModel:
-    """Captures `module` in evaluation mode as it computes on `example_inputs` (positional tensors).
+    """Captures `module`, which is put into evaluation mode, as it computes on `example_inputs` (positional tensors on
+    the CPU, as the module's own).
 
     `dynamic_shapes` gives for each input which of its dimensions are `torch.export.Dim`s; the same Dim may stand in
-    several inputs, and an example's size there must be at least 2. Every other size is fixed. What depends on no input
+    several inputs, and an example's size there must be at least 2; `batch` must be allowed to be 1. Every other size is
+    fixed. What depends on no input
     becomes no operator: it is computed again in each slice that needs it, and its parameters count for each operator
     that uses it; so do views that keep their size. Raises `CaptureError`.
     """
@@ -93,16 +95,24 @@ def capture(
         raise CaptureError("example_inputs are tensors in the order of forward's arguments; wrap the module if need be")
     if dynamic_shapes is not None and len(dynamic_shapes) != len(example_inputs):
         raise CaptureError(f"dynamic_shapes has {len(dynamic_shapes)} entries for {len(example_inputs)} inputs")
+    named = [(f"input {number}", tensor) for number, tensor in enumerate(example_inputs)]
+    for place, tensor in (*named, *module.named_parameters(), *module.named_buffers()):
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            raise CaptureError(f"{place} is {tensor.layout} on {tensor.device}; capture needs dense tensors on the CPU")
     module = module.eval()
     exported = _exported(module, example_inputs, dynamic_shapes)
-    translation = _Translation(exported, dynamic_shapes)
-    program = translation.program()
-    parameters = {value.name: translation.tensors[value.name] for value in program.parameters}
-    _compare_with_module(module, example_inputs, program, parameters)
-    sizes = _example_sizes(program, example_inputs)
-    one_row = {key: 1 if key == BATCH else size for key, size in sizes.items()}
-    program.check_shapes(one_row)
-    graph = _costed(name, program, parameters, one_row, _narrowed(program, example_inputs, one_row))
+    try:
+        translation = _Translation(exported, dynamic_shapes)
+        program = translation.program()
+        parameters = {value.name: translation.tensors[value.name] for value in program.parameters}
+        _compare_with_module(module, example_inputs, program, parameters, translation.outputs)
+        sizes = _example_sizes(program, example_inputs)
+        # Costs are stated for one row.
+        one_row = {key: 1 if key == BATCH else size for key, size in sizes.items()}
+        program.check_shapes(one_row)
+        graph = _costed(name, program, parameters, one_row, _narrowed(program, example_inputs, one_row))
+    except ProgramError as error:
+        raise CaptureError(str(error)) from error
     return CapturedModel(graph, program, parameters)
 
 
@@ -145,13 +155,14 @@ class _Translation:
         self, exported: torch.export.ExportedProgram, dynamic_shapes: Sequence[Mapping[int, Any] | None] | None
     ) -> None:
         self.tensors: dict[str, Tensor] = {}
+        # As the module gives them: one may stand there twice.
+        self.outputs: tuple[str, ...] = ()
         self._symbols: dict[sympy.Symbol, str] = {}
         self._references: dict[Any, Argument] = {}
         self._values: dict[str, Value] = {}
         self._inputs: list[Value] = []
         self._parameters: dict[str, Value] = {}
         self._calls: list[Call] = []
-        self._outputs: tuple[str, ...] = ()
         self._dimensions: list[Dimension] = []
         self._read_signature(exported, dynamic_shapes)
         for node in exported.graph.nodes:
@@ -164,7 +175,8 @@ class _Translation:
 
     def program(self) -> Program:
         """The program, without what nothing depends on."""
-        calls, needed = [], set(self._outputs)
+        outputs = tuple(dict.fromkeys(self.outputs))
+        calls, needed = [], set(outputs)
         for call in reversed(self._calls):
             kept = tuple(value if value is not None and value.name in needed else None for value in call.results)
             if any(kept):
@@ -174,10 +186,7 @@ class _Translation:
         used = set().union(*(_referred(call, "parameter") for call in calls))
         inputs = tuple(self._inputs)
         parameters = tuple(self._parameters[name] for name in sorted(used))
-        try:
-            return Program(tuple(self._dimensions), inputs, parameters, tuple(calls), self._outputs)
-        except ProgramError as error:
-            raise CaptureError(str(error)) from error
+        return Program(tuple(self._dimensions), inputs, parameters, tuple(calls), outputs)
 
     def _read_signature(
         self, exported: torch.export.ExportedProgram, dynamic_shapes: Sequence[Mapping[int, Any] | None] | None
@@ -185,19 +194,20 @@ class _Translation:
         signature = exported.graph_signature
         if mutated := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
             raise CaptureError(f"the module writes to {mutated} while it runs; a slice keeps no state between runs")
-        placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
-        shapes = list(dynamic_shapes or [])
-        names_by_storage: dict[Any, str] = {}
         kinds = torch.export.graph_signature.InputKind
+        placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+        # Before any size is read: one input's size may be made of another's.
+        given = [spec.arg.name for spec in signature.input_specs if spec.kind == kinds.USER_INPUT]
+        for name, declared in zip(given, dynamic_shapes or ()):
+            for place, dimension in (declared or {}).items():
+                self._name_dimension(exported, placeholders[name].meta["val"].shape[place], dimension)
+        names_by_storage: dict[Any, str] = {}
         for spec in signature.input_specs:
             node = placeholders[spec.arg.name]
             if spec.kind == kinds.USER_INPUT:
                 fake = node.meta.get("val")
                 if not isinstance(fake, Tensor):
                     raise CaptureError(f"input {node.name} is no tensor")
-                declared = shapes[len(self._inputs)] if shapes else None
-                for place, dimension in (declared or {}).items():
-                    self._name_dimension(exported, fake.shape[place], dimension)
                 self._inputs.append(self._value(node.name, fake))
                 self._references[node] = {"value": node.name}
             elif spec.kind in (kinds.PARAMETER, kinds.BUFFER, kinds.CONSTANT_TENSOR):
@@ -208,7 +218,7 @@ class _Translation:
                 key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
                 name = names_by_storage.setdefault(key, target) if tensor.numel() else target
                 self.tensors.setdefault(name, tensor)
-                self._parameters[name] = Value(name, dtype_name(tensor.dtype), tuple(tensor.shape))
+                self._parameters[name] = self._value(name, tensor)
                 self._references[node] = {"parameter": name}
             else:
                 raise CaptureError(f"input {node.name} is a {spec.kind.name.lower()}, which no file can hold")
@@ -302,7 +312,7 @@ class _Translation:
             if spec.kind != kinds.USER_OUTPUT or reference is None or "value" not in reference:
                 raise CaptureError(f"output {item} is no tensor that an operator makes")
             outputs.append(str(reference["value"]))
-        self._outputs = tuple(dict.fromkeys(outputs))
+        self.outputs = tuple(outputs)
 
     def _argument(self, node: Any, item: Any) -> Argument:
         if isinstance(item, torch.fx.Node):
@@ -336,7 +346,10 @@ class _Translation:
             return int(expression)
         if isinstance(expression, sympy.Symbol):
             if expression not in self._symbols:
-                raise CaptureError(f"{where}: its size {expression} depends on the values in a tensor")
+                raise CaptureError(
+                    f"{where}: its size {expression} depends on the values in a tensor, or on a dimension that no "
+                    "input has by itself"
+                )
             return self._symbols[expression]
         if isinstance(expression, sympy.Pow) and isinstance(expression.exp, sympy.Integer) and int(expression.exp) > 1:
             return ["*", *[self._expression(expression.base, where)] * int(expression.exp)]
@@ -380,27 +393,31 @@ def _narrowed(program: Program, example_inputs: tuple[Tensor, ...], sizes: Mappi
 
 
 def _compare_with_module(
-    module: nn.Module, example_inputs: tuple[Tensor, ...], program: Program, parameters: Mapping[str, Tensor]
+    module: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    program: Program,
+    parameters: Mapping[str, Tensor],
+    outputs: Sequence[str],
 ) -> None:
     with torch.no_grad():
         expected = [item for item in pytree.tree_leaves(module(*example_inputs)) if isinstance(item, Tensor)]
     whole = ProgramSlice(program, parameters, range(program.operator_count), 0, program.operator_count)
     given = {value.name: tensor for value, tensor in zip(program.inputs, example_inputs, strict=True)}
     found = whole.run({name: given[name] for name in whole.carried_in})
-    for name, wanted in zip(program.outputs, _distinct(expected), strict=True):
-        scale = max(1.0, float(wanted.abs().max())) if wanted.is_floating_point() and wanted.numel() else 1.0
-        if wanted.shape != found[name].shape or not torch.allclose(
-            found[name], wanted.detach(), rtol=0, atol=_TOLERANCE * scale, equal_nan=True
-        ):
+    for name, wanted in zip(outputs, expected, strict=True):
+        if not _equal(found[name], wanted):
             raise CaptureError(
                 f"output {name} of the captured program is not the module's; the module is not deterministic, or it "
                 "computes differently while it is exported"
             )
 
 
-def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
-    # A tensor that stands twice among the outputs is one output of the program.
-    return list({id(tensor): tensor for tensor in tensors}.values())
+def _equal(found: Tensor, wanted: Tensor) -> bool:
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    finite = wanted[wanted.isfinite()]
+    scale = max(1.0, float(finite.abs().max())) if wanted.is_floating_point() and finite.numel() else 1.0
+    return torch.allclose(found, wanted, rtol=0, atol=_TOLERANCE * scale, equal_nan=True)
 
 
 def _costed(

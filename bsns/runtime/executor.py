@@ -10,7 +10,6 @@ What differs between decoders is in `bsns.runtime.decoder_families`; captured pr
 `bsns.runtime.program_executor`.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -18,12 +17,15 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from bsns.protocol.manifest import EXPORTED, ModelManifest
+from bsns.protocol.bounded_json import parse_json
+from bsns.protocol.manifest import EXPORTED, VALUE_BYTES, ModelManifest
 from bsns.runtime.decoder_families import (
     EMBEDDING_WEIGHT,
     HEAD_WEIGHT,
     NORM_PREFIX,
     POSITION_TABLE,
+    DecoderFamily,
+    DecoderShape,
     UnsupportedDecoderError,
     decoder_family,
 )
@@ -193,15 +195,14 @@ class StageExecutor:
             raise ExecutionError(f"the model declares {manifest.dtype}; this executor computes float32 only")
         try:
             family = decoder_family(manifest.architecture)
-            config = family.configuration(json.loads(store.read_file(CONFIG_FILE)), attention)
         except UnsupportedDecoderError as error:
             raise ExecutionError(str(error)) from error
+        config, self._shape = _configuration(family, manifest, store.read_file(CONFIG_FILE), attention)
         self._manifest, self._first_unit, self._end_unit = manifest, first_unit, end_unit
         self._threads, self._device, self._attention = threads, torch.device(device), attention
         if self._device.type == "cuda":
             # TF32 keeps ten bits of the mantissa: it is not the declared arithmetic.
             torch.backends.cuda.matmul.allow_tf32 = False
-        self._shape = family.shape(config)
         self._cache_argument = family.cache_argument
         self._embedding_scale = None if family.embedding_scale is None else family.embedding_scale(config)
         self._embedding: Tensor | None = None
@@ -209,8 +210,7 @@ class StageExecutor:
         self._blocks: list[nn.Module] = []
         self._norm: nn.Module | None = None
         self._head: Tensor | None = None
-        rotary = family.rotary(config)
-        self._rotary = None if rotary is None else rotary.to(self._device)
+        self._rotary: nn.Module | None = None
         done, total = 0, sum(unit.size_bytes for unit in manifest.units[first_unit:end_unit])
         for unit in manifest.units[first_unit:end_unit]:
             tensors = {name: tensor.to(self._device) for name, tensor in store.load_unit(unit.index).items()}
@@ -219,18 +219,20 @@ class StageExecutor:
                     self._embedding = _taken(tensors, EMBEDDING_WEIGHT, unit.name)
                     self._positions = _taken(tensors, POSITION_TABLE, unit.name) if family.positions else None
                 case "block":
-                    with torch.device("meta"):
-                        block = family.layer(config, len(self._blocks))
+                    block = _built(lambda: family.layer(config, len(self._blocks)), unit.name)
                     self._blocks.append(_with_weights(block, tensors, unit.name))
                 case "head":
                     self._head = _taken(tensors, HEAD_WEIGHT, unit.name)
-                    with torch.device("meta"):
-                        norm = family.final_norm(config)
+                    norm = _built(lambda: family.final_norm(config), unit.name)
                     weights = {name.removeprefix(NORM_PREFIX): tensor for name, tensor in tensors.items()}
                     self._norm = _with_weights(norm, weights, unit.name)
             done += unit.size_bytes
             if progress is not None:
                 progress(done, total)
+        if self._blocks:
+            # After the weights have shown that the configured widths are real.
+            rotary = _built(lambda: family.rotary(config), "rotary embedding", "cpu")
+            self._rotary = None if rotary is None else rotary.to(self._device)
 
     @property
     def manifest(self) -> ModelManifest:
@@ -458,6 +460,45 @@ def reexecute(
 ) -> list[Tensor]:
     """All of `iterate_reexecution` at once: one tensor per step."""
     return list(iterate_reexecution(executor, steps, chunk_rows=chunk_rows))
+
+
+def _configuration(
+    family: DecoderFamily, manifest: ModelManifest, data: bytes, attention: str
+) -> tuple[Any, DecoderShape]:
+    """The configuration and its sizes. ExecutionError unless they are those by which the manifest counts memory."""
+    try:
+        fields = parse_json(data)
+        # Before anything is built that is as long.
+        blocks = {int(fields[name]) for name in ("num_hidden_layers", "n_layer") if name in fields}
+        if blocks - {manifest.block_count}:
+            raise UnsupportedDecoderError(f"it has {blocks} blocks, the manifest {manifest.block_count}")
+        config = family.configuration(fields, attention)
+        shape = family.shape(config)
+        kv_bytes = 2 * VALUE_BYTES * shape.key_heads * shape.head_width
+    except Exception as error:  # transformers raises many kinds for fields that make no sense
+        raise ExecutionError(f"{CONFIG_FILE} of {manifest.name} cannot be used: {error}") from error
+    found = (shape.blocks, shape.hidden, shape.vocabulary, shape.context_limit, kv_bytes)
+    declared = (
+        manifest.block_count,
+        manifest.row_width(1),
+        manifest.vocabulary_size,
+        manifest.context_limit,
+        manifest.kv_bytes_per_token_per_block,
+    )
+    if found != declared:
+        raise ExecutionError(
+            f"{CONFIG_FILE} of {manifest.name} does not fit its manifest: blocks, hidden size, vocabulary, context and "
+            f"cache bytes are {found}, by the manifest {declared}; prepare the model again"
+        )
+    return config, shape
+
+
+def _built(make: Callable[[], Any], what: str, device: str = "meta") -> Any:
+    try:
+        with torch.device(device):
+            return make()
+    except Exception as error:  # as in _configuration
+        raise ExecutionError(f"{what} cannot be built from the configuration: {error}") from error
 
 
 def _taken(tensors: dict[str, Tensor], name: str, unit: str) -> Tensor:

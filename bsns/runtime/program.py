@@ -1,11 +1,11 @@
 """A captured network as a list of operator calls, and the execution of any slice of it.
 
-Owns `Program` (what is computed, as canonical JSON), the list of operators that a program may call, and `ProgramSlice`
-(runs some of a program's operators and hands over exactly the tensors that later slices need). Promises that a program
-which parses can at worst compute something useless: every call names a functional operator of the `aten` namespace from
-a fixed list, no call draws random numbers, writes to its inputs, reads files or chooses its output's shape by values,
-and no tensor is larger than a named limit. Parameters are named here and live in safetensors files; nothing is ever
-unpickled. Does not capture (`bsns.runtime.capture`) and does not read model folders (`bsns.runtime.program_executor`).
+Owns `Program` (what is computed, as canonical JSON) and `ProgramSlice` (runs some of a program's operators and hands
+over exactly the tensors that later slices need). Promises that a program which parses can at worst compute something
+useless, for as long as its calls take: every call names an operator that `bsns.runtime.operator_policy` allows, so none
+draws random numbers, writes to its inputs, reads files or chooses its output's shape by values, and no tensor is larger
+than a named limit. Parameters are named here and live in safetensors files; nothing is ever unpickled. Does not capture
+(`bsns.runtime.capture`) and does not read model folders (`bsns.runtime.program_executor`).
 
 How calls become operators of the graph: a call that depends on no model input (a mask from shapes, a transposed weight)
 belongs to no operator and is computed again in every slice that needs it; so is a view that keeps or enlarges its
@@ -23,7 +23,18 @@ from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from bsns.protocol.bounded_json import parse_json
+from bsns.runtime.operator_policy import (
+    ALIASES,
+    CONVERSIONS,
+    FROM_SHAPES,
+    MAXIMUM_TENSOR_BYTES,
+    PARTS,
+    CheckedOperators,
+    find_operator,
+    unusable_argument,
+)
 
 PROGRAM_FORMAT: Final = 1
 # The dimension that counts rows which are computed together.
@@ -31,12 +42,15 @@ BATCH: Final = "batch"
 # A program is fetched from strangers; the largest captured here (a decoder of 30 blocks) has 1 MB.
 MAXIMUM_PROGRAM_BYTES: Final = 16 * 1024 * 1024
 MAXIMUM_CALLS: Final = 65_536
-# Of any one tensor that a program makes, intermediates inside an operator included.
-MAXIMUM_TENSOR_BYTES: Final = 1 << 30
 MAXIMUM_DIMENSION: Final = 1 << 20
 _MAXIMUM_NESTING: Final = 16
 _MAXIMUM_LIST: Final = 4096
 _MAXIMUM_NAME: Final = 256
+# Sizes, and every number on the way to one, stay below.
+_MAXIMUM_SIZE: Final = 1 << 62
+# Summed over calls: the parameters that each needs, through calls of no operator too. In a chain of such calls the sum
+# grows with the square of its length.
+_MAXIMUM_SHARED_PARAMETERS: Final = 1 << 22
 # How many different sizes a program remembers as checked.
 _MAXIMUM_CHECKED: Final = 1024
 
@@ -53,74 +67,11 @@ _MEMORY_FORMATS: Final[dict[str, torch.memory_format]] = {
 _MEMORY_FORMAT_NAMES: Final = {value: name for name, value in _MEMORY_FORMATS.items()}
 _SPECIAL_FLOATS: Final = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
-# Views that keep or enlarge their one tensor operand.
-_VIEWS: Final = """
-    alias clone contiguous detach expand flatten lift_fresh_copy mT movedim moveaxis numpy_T permute reshape squeeze
-    swapaxes swapdims t transpose unflatten unsqueeze
-"""
-_ALIASES: Final = frozenset(_VIEWS.split())
-# Conversions: an alias where they change nothing.
-_CONVERSIONS: Final = frozenset({"_to_copy", "to", "type_as"})
-# Views that take a part of their one tensor operand.
-_PARTS: Final = frozenset({"diagonal", "narrow", "select", "slice", "unfold"})
 
-# Functional, deterministic on every device, safe for any argument values: each was looked at. Absent on purpose:
-# `empty` (uninitialised memory), `as_strided` (any part of a storage), `scatter_add`, `index_add` and accumulating
-# `index_put` (order of additions differs between runs on a GPU), everything in place, everything random.
-_ELEMENTWISE: Final = """
-    __and__ __or__ __xor__ abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh bitwise_and bitwise_not
-    bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min copy cos cosh div elu eq erf erfc exp exp2 expm1 fill
-    floor floor_divide fmod ge gelu glu gt hardsigmoid hardswish hardtanh isfinite isinf isnan le leaky_relu lerp log
-    log10 log1p log2 log_sigmoid logical_and logical_not logical_or logical_xor lt masked_fill maximum minimum mish mul
-    nan_to_num ne neg pow prelu reciprocal relu relu6 remainder round rsqrt rsub selu sigmoid sign silu sin sinh
-    softplus softsign sqrt square sub tan tanh tanhshrink threshold trunc where
-"""
-_PRODUCTS: Final = """
-    addmm addmv baddbmm bilinear bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution
-    cross dot einsum linear matmul mm mv outer scaled_dot_product_attention
-"""
-_NORMALISATIONS: Final = """
-    _log_softmax _native_batch_norm_legit_no_training _softmax batch_norm cosine_similarity group_norm layer_norm
-    linalg_vector_norm log_softmax native_group_norm native_layer_norm norm normalize rms_norm softmax
-"""
-_REDUCTIONS: Final = """
-    all amax amin any argmax argmin argsort cumprod cumsum diff logsumexp max mean min prod sort std sum topk var
-    var_mean
-"""
-_RESAMPLING: Final = """
-    _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d channel_shuffle
-    constant_pad_nd grid_sampler max_pool1d max_pool2d max_pool2d_with_indices max_pool3d pad pixel_shuffle
-    pixel_unshuffle reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d upsample_bicubic2d
-    upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d
-"""
-_SELECTIONS: Final = """
-    cat concat embedding expand_as flip gather index index_select repeat repeat_interleave reshape_as roll scatter
-    select_scatter slice_scatter stack take_along_dim tile tril triu view_as
-"""
-_FACTORIES: Final = """
-    arange eye full full_like linspace new_full new_ones new_zeros ones ones_like scalar_tensor zeros zeros_like
-"""
-_FROM_SHAPES: Final = frozenset(_FACTORIES.split())
-ALLOWED_OPERATORS: Final = frozenset().union(
-    _ALIASES,
-    _CONVERSIONS,
-    _PARTS,
-    *(
-        names.split()
-        for names in (_ELEMENTWISE, _PRODUCTS, _NORMALISATIONS, _REDUCTIONS, _RESAMPLING, _SELECTIONS, _FACTORIES)
-    ),
-)
-# Summed in another order on each run on a GPU; refused by name so that the error can say why.
-_ORDER_DEPENDENT: Final = frozenset(
-    {"bincount", "histc", "index_add", "index_put", "index_reduce", "put", "scatter_add", "scatter_reduce"}
-)
-# Arguments that make a functional schema random, or update statistics behind its back.
-_MUST_BE_OFF: Final = frozenset({"dropout_p", "train", "training"})
-# Tagged as random only because of an argument that must be off.
-_RANDOM_BY_ARGUMENT: Final = frozenset({"scaled_dot_product_attention"})
-# Tagged as value-dependent only for boolean indices; those are seen when shapes are computed.
-_DYNAMIC_BY_ARGUMENT: Final = frozenset({"index"})
+_SIZE_OPERATIONS: Final[Mapping[str, Callable[[Sequence[int]], int]]] = {
+    "+": sum, "*": math.prod, "max": max, "min": min,
+    "//": lambda operands: operands[0] // operands[1], "%": lambda operands: operands[0] % operands[1],
+}  # fmt: skip
 
 
 class ProgramError(ValueError):
@@ -234,17 +185,15 @@ class Program:
                 )
         if len(set(dimensions)) != len(dimensions):
             raise ProgramError("two dimensions have one name")
-        parameters = {value.name for value in self.parameters}
-        if len(parameters) != len(self.parameters):
-            raise ProgramError("two parameters have one name")
+        parameters: set[str] = set()
         for value in self.parameters:
-            _check_value(value, frozenset(), "parameter")
+            _define(value, parameters, frozenset(), "parameter")
         known: set[str] = set()
         for value in self.inputs:
             _define(value, known, frozenset(dimensions), "input")
         for number, call in enumerate(self.calls):
             where = f"call {number} ({call.operator!r:.80})"
-            _checked_operator(call, where)
+            _check_call(call, where)
             for argument in (*call.arguments, *(item for _, item in call.keywords)):
                 _check_argument(argument, known, parameters, frozenset(dimensions), where)
             for result in call.results:
@@ -290,8 +239,8 @@ class Program:
         if len(data) > MAXIMUM_PROGRAM_BYTES:
             raise ProgramError(f"a program of {len(data)} bytes, the limit is {MAXIMUM_PROGRAM_BYTES}")
         try:
-            document = json.loads(data.decode())
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            document = parse_json(data)
+        except ValueError as error:
             raise ProgramError(f"program is not UTF-8 JSON: {error}") from error
         fields = {"format", "dimensions", "inputs", "parameters", "calls", "outputs", "cuts"}
         if not isinstance(document, dict) or set(document) != fields:
@@ -497,13 +446,19 @@ class ProgramSlice:
         """From the tensors of `carried_in` those of `carried_out`, by name.
 
         `sizes` of the dimensions are read off the tensors' shapes; give them where a shape shows none of them alone.
-        Raises `ProgramError` for a missing tensor, another dtype or shape, or a size outside the captured bounds.
+        Raises `ProgramError` for a missing tensor, another dtype or shape, a size outside the captured bounds, or a
+        call that fails on these values.
         """
         known = self._checked_sizes(tensors, sizes)
         environment = {name: tensors[name] for name in self.carried_in}
         with torch.inference_mode():
-            for call in self._ready(known):
-                call.run(environment, self._parameters)
+            for number, call in zip(self._calls, self._ready(known), strict=True):
+                try:
+                    call.run(environment, self._parameters)
+                except (RuntimeError, IndexError) as error:
+                    raise ProgramError(
+                        f"call {number} ({self.program.calls[number].operator}) failed: {_first_line(error)}"
+                    ) from error
         return {name: environment[name] for name in self.carried_out}
 
     def timed_run(
@@ -572,48 +527,18 @@ class ProgramSlice:
 
 
 def evaluate_size(size: Size, sizes: Mapping[str, int]) -> int:
-    """The integer that a size is where the dimensions have the given sizes."""
+    """The integer that a size is where the dimensions have the given sizes; `ProgramError` from 2**62 on."""
     if isinstance(size, int):
         return size
     if isinstance(size, str):
         return sizes[size]
     operands = [evaluate_size(item, sizes) for item in size[1:]]
-    match size[0]:
-        case "+":
-            return sum(operands)
-        case "*":
-            return math.prod(operands)
-        case "max":
-            return max(operands)
-        case "min":
-            return min(operands)
-    if operands[1] == 0:
+    if size[0] in ("//", "%") and operands[1] == 0:
         raise ProgramError(f"size {size!r:.80} divides by zero")
-    return operands[0] // operands[1] if size[0] == "//" else operands[0] % operands[1]
-
-
-def refusal(operator: Any) -> str | None:
-    """Why a program may not call this operator of torch, or None where it may."""
-    if not isinstance(operator, torch._ops.OpOverload):
-        return "it is no operator of a fixed schema"
-    schema, packet = operator._schema, operator._schema.name.removeprefix("aten::")
-    tags = set(operator.tags)
-    if operator.namespace != "aten":
-        return f"it belongs to the namespace {operator.namespace!r}, and only aten's operators are the same everywhere"
-    if schema.is_mutable:
-        return "it writes to its operands"
-    if torch.Tag.nondeterministic_seeded in tags and packet not in _RANDOM_BY_ARGUMENT:
-        return "it draws random numbers"
-    dynamic = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-    if tags & dynamic and packet not in _DYNAMIC_BY_ARGUMENT:
-        return "its result's shape or control flow depends on the values in a tensor"
-    if packet in _ORDER_DEPENDENT:
-        return "it is not deterministic on every device"
-    if packet not in ALLOWED_OPERATORS:
-        return "it is not on the list of operators that a program may call (ALLOWED_OPERATORS in bsns.runtime.program)"
-    if any(str(item.type) != "Tensor" for item in schema.returns):
-        return "it gives something else than single tensors"
-    return None
+    result = _SIZE_OPERATIONS[size[0]](operands)
+    if abs(result) >= _MAXIMUM_SIZE:
+        raise ProgramError(f"size {size!r:.80} is not below 2**62")
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------- structure
@@ -628,21 +553,28 @@ def _structure(program: Program) -> Structure:
     operators: list[list[int]] = []
     reads: list[set[str]] = []
     parameters: list[set[str]] = []
+    held = 0
     for number, call in enumerate(program.calls):
         results = [value.name for value in call.results if value is not None]
         values, own_parameters = program.references[number]
         needed = frozenset(own_parameters).union(*(free_parameters.get(name, ()) for name in values))
+        needed = needed.union(*(via_parameters.get(name, ()) for name in values))
+        held += len(needed)
+        if held > _MAXIMUM_SHARED_PARAMETERS:
+            raise ProgramError(
+                f"the calls need {_MAXIMUM_SHARED_PARAMETERS} parameters together, counted for each call that needs "
+                "one directly or through views and calls of no operator; a program may need as many"
+            )
         dependent = [name for name in values if name not in free_parameters]
         if not dependent:
             free_parameters.update(dict.fromkeys(results, needed))
             continue
         if len(values) == 1 and _is_alias(program, call, values[0]):
             base[results[0]] = base[dependent[0]]
-            via_parameters[results[0]] = needed | via_parameters[dependent[0]]
+            via_parameters[results[0]] = needed
             continue
         bases = {base[name] for name in dependent}
-        needed = needed.union(*(via_parameters[name] for name in dependent))
-        owner = operator_of_value.get(base[dependent[0]]) if call.packet in _PARTS and len(values) == 1 else None
+        owner = operator_of_value.get(base[dependent[0]]) if call.packet in PARTS and len(values) == 1 else None
         if owner is None:
             owner = len(operators)
             operators.append([])
@@ -671,9 +603,7 @@ def _structure(program: Program) -> Structure:
 
 def _is_alias(program: Program, call: Call, operand: str) -> bool:
     result = call.results[0]
-    return (
-        call.packet in _ALIASES | _CONVERSIONS and result is not None and program.values[operand].dtype == result.dtype
-    )
+    return call.packet in ALIASES | CONVERSIONS and result is not None and program.values[operand].dtype == result.dtype
 
 
 def _places(order: Sequence[int], count: int) -> list[int]:
@@ -738,9 +668,9 @@ def _given(item: Any, environment: Mapping[str, Tensor], parameters: Mapping[str
 
 
 def _resolve(call: Call, sizes: Mapping[str, int], device: torch.device) -> _ReadyCall:
-    operator = _overload(call.operator)
+    operator = find_operator(call.operator)
     keywords = {key: _resolved_argument(item, sizes, device) for key, item in call.keywords}
-    if call.packet in _FROM_SHAPES and any(item.name == "device" for item in operator._schema.arguments):
+    if call.packet in FROM_SHAPES and any(item.name == "device" for item in operator._schema.arguments):
         # Never torch's default device: that would be the CPU, also while shapes are computed without data.
         keywords["device"] = device
     return _ReadyCall(
@@ -771,20 +701,6 @@ def _resolved_argument(argument: Argument, sizes: Mapping[str, int], device: tor
     return device
 
 
-class _BoundedTensors(TorchDispatchMode):
-    """Refuses any operator, also one inside another, whose result is over the limit."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(tensor, Tensor) and tensor.numel() * tensor.itemsize > MAXIMUM_TENSOR_BYTES:
-                raise ProgramError(
-                    f"a tensor {list(tensor.shape)} of {tensor.numel() * tensor.itemsize} bytes, the limit is "
-                    f"{MAXIMUM_TENSOR_BYTES}"
-                )
-        return output
-
-
 def runs_without_data(program: Program, sizes: Mapping[str, int]) -> Iterator[tuple[int, Callable[[], None]]]:
     """Each call's number with a function that runs it on tensors without data (call each once, in order): for checking
     and counting what a program would do. The function raises `ProgramError` for shapes or dtypes other than declared.
@@ -803,18 +719,22 @@ def _run_without_data(
 ) -> None:
     where = f"call {number} ({call.operator})"
     try:
-        with torch.no_grad(), _BoundedTensors():
+        with torch.no_grad(), CheckedOperators():
             _resolve(call, sizes, torch.device("meta")).run(environment, parameters)
     except ProgramError as error:
         raise ProgramError(f"{where}: {error}") from error
     except Exception as error:  # whatever torch says to arguments that do not fit
-        raise ProgramError(f"{where} cannot run: {str(error).strip().splitlines()[0]:.300}") from error
+        raise ProgramError(f"{where} cannot run: {_first_line(error)}") from error
     for value in call.results:
         if value is not None:
             made = environment[value.name]
             if not isinstance(made, Tensor):
                 raise ProgramError(f"{where}: it gives no tensor")
             _require_tensor(made, value, sizes)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def _without_data(value: Value, sizes: Mapping[str, int]) -> Tensor:
@@ -837,27 +757,11 @@ def _require_tensor(tensor: Tensor, value: Value, sizes: Mapping[str, int]) -> N
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _overload(operator: str) -> Any:
-    _, packet, overload = operator.split(".")
-    return getattr(getattr(torch.ops.aten, packet), overload)
-
-
-def _checked_operator(call: Call, where: str) -> None:
-    parts = call.operator.split(".")
-    if len(parts) != 3 or parts[0] != "aten":
-        raise ProgramError(f"{where}: an operator is named aten.<name>.<overload>; no other namespace is executed")
-    if parts[1] not in ALLOWED_OPERATORS:
-        known = getattr(torch.ops.aten, parts[1], None) if parts[1].isidentifier() else None
-        overload = getattr(known, parts[2], None) if known is not None and parts[2].isidentifier() else None
-        reason = refusal(overload) if overload is not None else "torch knows no such operator"
-        raise ProgramError(f"{where}: operator {parts[1]!r} is refused: {reason}")
-    packet = getattr(torch.ops.aten, parts[1])
-    if parts[2] not in packet.overloads():
-        raise ProgramError(f"{where}: {parts[1]!r} has no overload {parts[2]!r}, only {packet.overloads()}")
-    overload = getattr(packet, parts[2])
-    if (reason := refusal(overload)) is not None:
-        raise ProgramError(f"{where}: refused: {reason}")
-    schema = overload._schema
+def _check_call(call: Call, where: str) -> None:
+    try:
+        schema = find_operator(call.operator)._schema
+    except ValueError as error:
+        raise ProgramError(f"{where}: {error}") from error
     positional = [item for item in schema.arguments if not item.kwarg_only]
     keywords = dict(call.keywords)
     names = {item.name for item in schema.arguments}
@@ -871,8 +775,8 @@ def _checked_operator(call: Call, where: str) -> None:
     for item in schema.arguments:
         if item.name not in bound and not item.has_default_value():
             raise ProgramError(f"{where}: argument {item.name!r} is missing; the operator takes {schema}")
-        if item.name in _MUST_BE_OFF and bound.get(item.name, item.default_value) not in (False, 0, 0.0):
-            raise ProgramError(f"{where}: {item.name} must be off; it makes results random or changes statistics")
+        if (reason := unusable_argument(item.name, bound.get(item.name, item.default_value))) is not None:
+            raise ProgramError(f"{where}: {reason}")
     if len(call.results) != len(schema.returns):
         raise ProgramError(f"{where}: {len(call.results)} results, the operator gives {len(schema.returns)}")
 
@@ -894,13 +798,17 @@ def _check_value(value: Value, dimensions: frozenset[str], where: str) -> None:
         _check_size(size, dimensions, f"{where}: {value.name!r}")
 
 
+def _is_operation(size: list[Any]) -> bool:
+    return isinstance(size[0], str) and size[0] in _SIZE_OPERATIONS and (len(size) == 3 or size[0] not in ("//", "%"))
+
+
 def _check_size(size: Size, dimensions: frozenset[str], where: str, depth: int = 0) -> None:
-    if isinstance(size, int) and not isinstance(size, bool) and abs(size) < 2**62:
+    if isinstance(size, int) and not isinstance(size, bool) and abs(size) < _MAXIMUM_SIZE:
         return
     if isinstance(size, str) and size in dimensions:
         return
     usable = isinstance(size, list) and 3 <= len(size) <= _MAXIMUM_NESTING and depth < _MAXIMUM_NESTING
-    if not usable or size[0] not in ("+", "*", "//", "%", "max", "min") or (size[0] in "//%" and len(size) != 3):
+    if not usable or not _is_operation(size):
         raise ProgramError(f"{where}: size {size!r:.80} is no integer, dimension or sum, product, quotient of them")
     for item in size[1:]:
         _check_size(item, dimensions, where, depth + 1)

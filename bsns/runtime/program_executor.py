@@ -109,6 +109,10 @@ class ProgramExecutor:
         if not self._dimensions <= {BATCH}:
             raise ExecutionError(f"the program of {manifest.name} has sizes other than {BATCH!r} that are not fixed")
         self._row_sizes = dict.fromkeys(self._dimensions, 1)
+        try:
+            program.check_sizes(self._row_sizes)
+        except ProgramError as error:
+            raise ExecutionError(f"the program of {manifest.name} does not run on one row: {error}") from error
         self._taken = self._shapes(self._slice.carried_in, manifest.row_width(first_unit))
         self._given = self._shapes(self._slice.carried_out, manifest.row_width(end_unit))
         # Whoever serves the stage has set aside what the manifest says.
@@ -178,22 +182,21 @@ class ProgramExecutor:
         row = inputs[0].to(self._device)
         pieces = row.split([math.prod(shape) for shape in self._taken.values()])
         tensors = {name: piece.view(shape) for (name, shape), piece in zip(self._taken.items(), pieces, strict=True)}
-        outputs = self._run(tensors)
+        outputs = self._run(tensors, self._row_sizes)
         session.advance()
         joined = torch.cat([outputs[name].reshape(-1) for name in self._given]).unsqueeze(0).cpu()
         return joined if not is_last or logit_rows is None else joined[list(logit_rows)]
 
     def rehearsal(self, *, batch: int, rows: int, past: int) -> Callable[[], None]:
         """A closure that runs the stage once on a random batch of `batch` rows, for profiling. A model without a cache
-        has sessions of one row: `rows` and `past` change nothing. Raises `ExecutionError` for a batch that the program
-        was not captured for.
+        has sessions of one row: `rows` and `past` change nothing. A batch that the program was not captured for is run
+        row by row. Raises `ExecutionError` for an empty one.
         """
-        sizes = dict.fromkeys(self._dimensions, batch)
-        try:
-            self._program.check_sizes(sizes)
-        except ProgramError as error:
-            raise ExecutionError(f"a batch of {batch} cannot run: {error}") from error
-        repeats = 1 if self._dimensions else batch
+        if batch < 1:
+            raise ExecutionError(f"a rehearsal of {batch} rows is empty")
+        sizes, repeats = dict.fromkeys(self._dimensions, batch), 1
+        if not sizes or not all(item.minimum <= batch <= item.maximum for item in self._program.dimensions):
+            sizes, repeats = self._row_sizes, batch
         generator = torch.Generator().manual_seed(0)
         values = self._program.values
         tensors = {
@@ -203,13 +206,13 @@ class ProgramExecutor:
 
         def run() -> None:
             for _ in range(repeats):
-                self._run(tensors)
+                self._run(tensors, sizes)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
 
         return run
 
-    def _run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _run(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         # TF32 keeps ten bits of the mantissa, and cuDNN may pick another algorithm in each run: neither is the declared
@@ -217,7 +220,7 @@ class ProgramExecutor:
         torch.backends.cuda.matmul.allow_tf32 = False
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             try:
-                return self._slice.run(tensors)
+                return self._slice.run(tensors, sizes=sizes)
             except ProgramError as error:
                 raise ExecutionError(f"units [{self._first_unit}, {self._end_unit}): {error}") from error
 

@@ -103,11 +103,16 @@ class WeightStore:
         """The unit's tensors by name, checked, mapped into memory, on the CPU. They share the file's pages: do not
         write to them.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self.verify_unit(index, progress)
-        with safe_open(str(self.unit_path(index)), framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in sorted(file.keys())}
+        path = self.unit_path(index)
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                return {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except SafetensorError as error:
+            # A manifest can name any bytes: whoever registered the model decides what hashes to what.
+            raise WeightStoreError(f"{path} is the file of the manifest and no safetensors file: {error}") from error
 
     def read_file(self, name: str) -> bytes:
         """The bytes of a file that is not weights, such as `config.json`, checked against the manifest."""

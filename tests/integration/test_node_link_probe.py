@@ -333,8 +333,18 @@ async def test_time_link_of_a_slow_link_ends_in_time_with_what_it_was_at_most(
 
 
 async def test_time_link_without_answers_in_time_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ProbeFailedError, match="no answer within 5 s"):
+    with pytest.raises(ProbeFailedError, match=r"not answered in 2\.5 s"):
         await time_link(Wire(monkeypatch, 2.0, 1e6).probe, 5.0)
+
+
+async def test_time_link_of_a_peer_that_spends_the_time_on_small_messages_claims_no_throughput(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # All six small messages arrive, and no time is left in which a large one could show how slow the link is.
+    wire = Wire(monkeypatch, 0.833, 1e9)
+    with pytest.raises(ProbeFailedError, match="small messages"):
+        await time_link(wire.probe, 5.0)
+    assert wire.now <= 5.0
 
 
 async def refusal_of(answer: Awaitable[bytes]) -> str:
@@ -365,6 +375,24 @@ async def test_probe_of_strangers_and_of_too_many_bytes_is_refused(tmp_path: Pat
         assert await refusal_of(answer(second.key.address, b"1")) == "CAPACITY_EXHAUSTED"
         net.clock.now = 60.0
         assert await answer(first.key.address, b"1") == content_digest(b"1")
+
+
+async def test_probes_that_arrive_together_are_all_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with swarm(tmp_path) as net:
+        node, caller = await net.start("node"), await net.start("caller")
+        asked, read = asyncio.Event(), net.registry.node_status
+
+        async def slow_status(who: str) -> NodeStatus:
+            await asked.wait()
+            return await read(who)
+
+        monkeypatch.setattr(net.registry, "node_status", slow_status)
+        payload = bytes(MAXIMUM_PROBE_BYTES)
+        probes = [asyncio.ensure_future(node.responder.answer(caller.key.address, payload)) for _ in range(8)]
+        await asyncio.sleep(0)
+        asked.set()
+        answers = await asyncio.gather(*probes, return_exceptions=True)
+        assert sum(isinstance(answer, bytes) for answer in answers) == 4
 
 
 async def test_many_small_probes_use_up_the_callers_part(tmp_path: Path) -> None:

@@ -287,3 +287,66 @@ def test_pieces_of_a_split_cross_a_cut_alone() -> None:
     assert carried == [(2, 2), (2, 2)]
     inputs = torch.randn(2, 6)
     assert torch.equal(sliced_output(model, order, [1, 2, 3], (inputs,)), attention_like(inputs))
+
+
+def test_output_that_stands_twice_in_another_form_is_captured_for_each() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+            hidden = inputs + 1
+            return hidden, self.drop(hidden), hidden, inputs
+
+    model = capture(Twice(), (torch.randn(2, 3),))
+    inputs = torch.randn(2, 3)
+    given = {model.program.inputs[0].name: inputs}
+    found = model.slice([0], 0, 1).run(given).values()
+    assert sorted(float((tensor - inputs).mean().round()) for tensor in found) == [0, 1, 1]
+
+
+def test_capture_compares_the_finite_values_of_an_output_that_has_infinite_ones() -> None:
+    runs = iter(range(100))
+
+    def masked(inputs: Tensor) -> Tensor:
+        return (inputs * next(runs)).masked_fill(torch.tensor([True, False, False]), float("-inf"))
+
+    with pytest.raises(CaptureError, match="not deterministic"):
+        capture(_Module(masked), (torch.ones(2, 3),))
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "message"),
+    [
+        (lambda x: x + 1, torch.ones(2, 3, device="meta"), "input 0 is torch.strided on meta"),
+        (lambda x: x.to_dense(), torch.ones(2, 3).to_sparse(), "input 0 is torch.sparse_coo"),
+        (lambda x: x + x.new_zeros(1 << 14, 1 << 15).sum(), torch.ones(2, 3), r"aten\.new_zeros.*the limit is"),
+        (lambda x: (x * torch.ones(3, dtype=torch.complex64)).real, torch.ones(2, 3), "complex64 is not one of"),
+        (lambda x: x[x > 0].sum(), torch.ones(2, 3), "depends on the values"),
+        (lambda x: x * x.max().item(), torch.ones(2, 3), "no tensor and no size"),
+        (lambda x: torch.div(x, 2, rounding_mode="trunc"), torch.ones(2, 3, dtype=torch.int64), r"aten\.div"),
+    ],
+)
+def test_capture_of_what_no_program_can_say_is_refused_with_the_reason(
+    function: Callable[..., Tensor], inputs: Tensor, message: str
+) -> None:
+    with pytest.raises(CaptureError, match=message):
+        capture(_Module(function), (inputs,))
+
+
+def test_capture_for_batches_that_leave_out_one_row_is_refused() -> None:
+    with pytest.raises(CaptureError, match="batch is 1, the program was captured for 2 to 8"):
+        capture(nn.Linear(3, 2), (torch.ones(2, 3),), dynamic_shapes=({0: Dim("batch", min=2, max=8)},))
+
+
+def test_input_whose_size_is_made_of_a_later_inputs_is_captured() -> None:
+    class Pair(nn.Module):
+        def forward(self, long: Tensor, short: Tensor) -> Tensor:
+            return long.sum() + short.sum()
+
+    batch = Dim("batch", min=1, max=8)
+    inputs = torch.randn(4, 3), torch.randn(2, 3)
+    model = capture(Pair(), inputs, dynamic_shapes=({0: 2 * batch}, {0: batch}))
+    order = list(range(len(model.graph.operators)))
+    assert torch.equal(sliced_output(model, order, [], inputs), Pair()(*inputs))

@@ -1,7 +1,9 @@
 """Decoder families: cut anywhere, in any steps, each computes what transformers' own model computes."""
 
 import dataclasses
+import hashlib
 import importlib
+import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -287,13 +289,45 @@ def test_unknown_architecture_is_refused_with_those_there_are(tmp_path: Path) ->
     assert "['gemma', 'gpt2', 'gpt_neox', 'llama', 'mixtral', 'qwen2']" in message
 
 
-@pytest.mark.parametrize(("architecture", "match"), [("mamba", "'mamba' is unknown"), ("gpt2", "'positions.weight'")])
+@pytest.mark.parametrize(
+    ("architecture", "match"), [("mamba", "'mamba' is unknown"), ("gpt2", "does not fit its manifest")]
+)
 def test_stage_of_manifest_with_other_architecture_is_refused(tmp_path: Path, architecture: str, match: str) -> None:
     folder = prepare(tiny_source(tiny_llama()), tmp_path, report=silent)
     store = WeightStore(folder)
     store.manifest = dataclasses.replace(store.manifest, architecture=architecture)
     with pytest.raises(ExecutionError, match=match):
         open_stage(store, 0, 2, threads=1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[]",
+        b"{",
+        b'{"num_hidden_layers":1099511627776}',
+        b'{"num_attention_heads":0}',
+        b'{"head_dim":1099511627776}',
+        b'{"hidden_act":"no such activation"}',
+    ],
+    ids=str,
+)
+def test_stage_of_a_strangers_configuration_is_refused_before_anything_large_is_built(
+    tmp_path: Path, data: bytes
+) -> None:
+    folder = prepare(tiny_source(tiny_llama()), tmp_path, report=silent)
+    store = WeightStore(folder)
+    if data.startswith(b'{"'):
+        fields = json.loads((folder / "config.json").read_bytes()) | json.loads(data)
+        data = json.dumps(fields).encode()
+    (folder / "config.json").write_bytes(data)
+    files = tuple(
+        dataclasses.replace(file, sha256=hashlib.sha256((folder / file.name).read_bytes()).digest())
+        for file in store.manifest.files
+    )
+    store.manifest = dataclasses.replace(store.manifest, files=files)
+    with pytest.raises(ExecutionError, match=r"config\.json|configuration"):
+        open_stage(store, 0, len(store.manifest.units), threads=1)
 
 
 def test_tensors_that_do_not_fit_the_family_are_refused_by_name(tmp_path: Path) -> None:

@@ -134,6 +134,14 @@ X = {"value": "x"}
         (with_call("aten.relu.default", [{"value": "later"}], ["batch", 3]), "made only later"),
         (with_call("aten.relu.default", [X], ["batch", 4]), r"'new' is float32 \[1, 3\]"),
         (with_call("aten.mm.default", [X, X], ["batch", 3]), "cannot run"),
+        (
+            with_call("aten.repeat_interleave.self_Tensor", [X, X, 0], ["batch", 3], output_size=3),
+            "depends on the values",
+        ),
+        (with_call("aten.scatter.reduce", [X, 0, X, X], ["batch", 3], reduce="add"), "not deterministic"),
+        (with_call("aten.zeros.default", [[2, 2]], [2, 2], layout=1), "layout is not a program's choice"),
+        (with_call("aten.relu.default", [X], [["*", *[2**61] * 15]]), "not below"),
+        (with_call("aten.relu.default", [X], [["*", ["*", 2**61, 2**61], "batch"]]), "not below"),
         (with_call("aten.full.default", [[1 << 20, 1 << 20], 1.0], [1 << 20, 1 << 20]), "the limit is"),
         (with_call("aten.repeat.default", [X, [1 << 30, 1]], [1 << 30, 3]), "the limit is"),
         (with_call("aten.expand.default", [X, [1 << 40, 3]], [1 << 40, 3]), "the limit is"),
@@ -184,6 +192,9 @@ def test_product_with_a_huge_intermediate_is_refused() -> None:
         (lambda document: document["calls"].append(document["calls"][1]), "was made before"),
         (lambda document: document["calls"].pop(0), "made only later"),
         (lambda document: document["dimensions"].append(["batch", 1, 2]), "two dimensions"),
+        (lambda document: document["parameters"].append(document["parameters"][0]), "was made before"),
+        (lambda document: document["parameters"][0].__setitem__(0, ["W"]), "printable characters"),
+        (lambda document: document["inputs"][0].__setitem__(0, {}), "printable characters"),
         (lambda document: document["dimensions"][0].__setitem__(2, 1 << 40), "expected bounds"),
         (lambda document: document["parameters"][0].__setitem__(1, "object"), "dtype 'object'"),
         (lambda document: document["parameters"][0].__setitem__(2, [1 << 30, 1 << 30]), "the limit is"),
@@ -201,3 +212,40 @@ def test_program_that_is_no_canonical_json_is_refused() -> None:
             Program.from_bytes(wrong)
     with pytest.raises(ProgramError, match="the limit is"):
         Program.from_bytes(b" " * (MAXIMUM_PROGRAM_BYTES + 1))
+
+
+def test_calls_of_no_operator_that_share_ever_more_parameters_are_refused() -> None:
+    # Each call needs all parameters of those before it: what is kept grows with the square of the program.
+    count = 4000
+    calls = [Call("aten.neg.default", ({"parameter": "p0"},), (), (Value("c0", "float32", ()),))]
+    for number in range(1, count):
+        operands = ({"value": f"c{number - 1}"}, {"parameter": f"p{number}"})
+        calls.append(Call("aten.mul.Tensor", operands, (), (Value(f"c{number}", "float32", ()),)))
+    with pytest.raises(ProgramError, match="a program may need as many"):
+        Program(
+            dimensions=(),
+            inputs=(Value("x", "float32", ()),),
+            parameters=tuple(Value(f"p{number}", "float32", ()) for number in range(count)),
+            calls=(*calls, Call("aten.relu.default", ({"value": "x"},), (), (Value("y", "float32", ()),))),
+            outputs=("y",),
+        )
+
+
+def test_call_that_fails_on_the_values_of_a_tensor_is_named() -> None:
+    program = Program(
+        dimensions=(),
+        inputs=(Value("rows", "int64", (2,)),),
+        parameters=(Value("table", "float32", (4, 3)),),
+        calls=(
+            Call(
+                "aten.embedding.default",
+                ({"parameter": "table"}, {"value": "rows"}),
+                (),
+                (Value("found", "float32", (2, 3)),),
+            ),
+        ),
+        outputs=("found",),
+    )
+    part = ProgramSlice(program, {"table": WEIGHT}, range(1), 0, 1)
+    with pytest.raises(ProgramError, match=r"call 0 \(aten\.embedding\.default\) failed"):
+        part.run({"rows": torch.tensor([0, 1 << 40])})

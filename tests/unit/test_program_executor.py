@@ -1,3 +1,4 @@
+import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils.flop_counter import FlopCounterMode
 
 from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.model_graph import ModelGraph
@@ -24,6 +26,7 @@ from bsns.runtime.exported_models import (
     write_efficientnet_lite0,
     write_exported,
 )
+from bsns.runtime.program import Program
 from bsns.runtime.program_executor import ProgramExecutor
 from bsns.runtime.weight_store import MANIFEST_FILE, WeightMismatchError, WeightStore
 from tests.unit.captured_models import residual_cnn
@@ -192,9 +195,56 @@ def test_rehearsal_runs_every_stage_on_a_batch(store: WeightStore, batch: int) -
         ProgramExecutor(store, first, min(units, first + 5)).rehearsal(batch=batch, rows=64, past=100)()
 
 
-def test_rehearsal_of_a_batch_beyond_the_captured_one_is_refused(store: WeightStore) -> None:
-    with pytest.raises(ExecutionError, match="batch of 9"):
-        ProgramExecutor(store, 0, 1).rehearsal(batch=9, rows=1, past=0)
+def test_rehearsal_of_a_batch_beyond_the_captured_one_runs_row_by_row(store: WeightStore) -> None:
+    executor = ProgramExecutor(store, 0, 1)
+    with FlopCounterMode(display=False) as whole:
+        executor.rehearsal(batch=8, rows=1, past=0)()
+    with FlopCounterMode(display=False) as single:
+        executor.rehearsal(batch=9, rows=1, past=0)()
+    assert 0 < 9 * whole.get_total_flops() == 8 * single.get_total_flops()
+    with pytest.raises(ExecutionError, match="empty"):
+        executor.rehearsal(batch=0, rows=1, past=0)
+
+
+def test_stage_whose_input_does_not_show_the_batch_runs(tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        """Rows lie one after the other at the cut, as inside torch's attention: no size there is the batch."""
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            rows = (inputs.repeat(1, 8) * 3).reshape(-1, 6).sum(1)
+            return (rows * 2).reshape(inputs.shape[0], 8).sigmoid()
+
+    torch.manual_seed(3)
+    example = torch.randn(2, 6)
+    captured = capture(Mixed(), (example,), dynamic_shapes=({0: Dim("batch", min=1, max=8)},))
+    write_exported(
+        "mixed", captured, tmp_path, silent, task="image-classification", labels=LABELS[:8], preprocessing=PICTURE
+    )
+    store = WeightStore(tmp_path)
+    program = Program.from_bytes(store.read_file("program.json"))
+    hidden = [
+        cut
+        for cut in program.cuts
+        if not any(
+            "batch" in program.values[name].shape for name in program.carried(range(program.operator_count), cut)
+        )
+    ]
+    assert hidden, "no cut of this model hides the batch"
+    stages = [ProgramExecutor(store, index, index + 1) for index in range(len(store.manifest.units))]
+    assert torch.equal(through(stages, example[:1]), Mixed()(example[:1]))
+
+
+def test_program_that_does_not_run_on_one_row_is_refused(copied: Path) -> None:
+    program = json.loads((copied / "program.json").read_bytes())
+    program["dimensions"][0][1] = 2
+    data = json.dumps(program, sort_keys=True, separators=(",", ":")).encode()
+    (copied / "program.json").write_bytes(data)
+    manifest = json.loads((copied / MANIFEST_FILE).read_bytes())
+    [listed] = [file for file in manifest["files"] if file["name"] == "program.json"]
+    listed["sha256"] = hashlib.sha256(data).hexdigest()
+    (copied / MANIFEST_FILE).write_bytes(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
+    with pytest.raises(ExecutionError, match="does not run on one row"):
+        ProgramExecutor(WeightStore(copied), 0, 1)
 
 
 @pytest.fixture
