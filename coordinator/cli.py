@@ -34,7 +34,7 @@ from coordinator import service
 from coordinator.demo import DEFAULT_MODEL, DemoSettings, run_demo, run_devnet
 from coordinator.devnet import DevnetError
 from coordinator.dispatch import PlanPolicy
-from coordinator.dispatch.plan_publication import planning_record
+from coordinator.dispatch.plan_publication import plannable, planning_record
 from coordinator.network_state import NetworkStateError
 from coordinator.settings import SettingsError, load_deployment, load_key, load_settings
 from coordinator.storage import Storage, StorageError, StorageSettingsError, StorageUnavailableError, migrate
@@ -215,7 +215,10 @@ def plan(
             if measurements_hash is None:
                 identity = model_id(model.manifest_hash, model.weight_root, len(model.units))
                 policy = PlanPolicy(fee_per_token=0, objective=objective, stage_count=stage_count, replicas=replicas)
-                record = planning_record(identity, storage.measurements(identity).values(), policy)
+                usable, refused = plannable(storage.measurements(identity).values(), model, policy)
+                for reason in refused.values():
+                    typer.echo(f"left out: {reason}", err=True)
+                record = planning_record(identity, usable, policy)
             else:
                 record = _stored_record(storage, measurements_hash)
         partition = plan_of_record(record, model)

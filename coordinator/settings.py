@@ -71,7 +71,7 @@ class CoordinatorSettings(BaseSettings):
     )
     planned_session_tokens: int = Field(default=2_048, ge=1, le=2**32 - 1)
     planned_batch: int = Field(default=1, description=f"sessions in a node's step: 1 or {BATCHED_SESSIONS}")
-    planner_seed: int = Field(default=0, ge=0, le=2**64 - 1)
+    planner_seed: int = Field(default=0, ge=0, le=2**32 - 1)
     prior_latency_nanoseconds: int = Field(
         default=NEWCOMER_LINK.latency_ns, ge=0, le=2**63 - 1, description="between nodes that measured no link"
     )

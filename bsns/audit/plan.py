@@ -20,7 +20,8 @@ from bsns.audit.chain_facts import position
 from bsns.audit.errors import AuditError
 from bsns.audit.stakes import StakeLedger
 from bsns.audit.verification import MAXIMUM_PROBLEMS, Check
-from bsns.planning import Partition, PlanningError
+from bsns.chain.errors import ChainUnavailableError
+from bsns.planning import Partition
 from bsns.planning.published import plan_of_record
 from bsns.protocol.identifiers import ModelId, ProtocolError, address, keccak256, model_id
 from bsns.protocol.manifest import ManifestError, ModelManifest
@@ -114,16 +115,19 @@ async def audit_plan(
 ) -> PlanAudit:
     """Check the plan `plan_id`. `manifest` and `planning_record` are file contents, where the chain has no copy.
 
-    AuditError if there is no such plan; ChainUnavailableError if the chain does not answer, which says nothing about
-    the plan.
+    AuditError if there is no such plan; ChainUnavailableError if the chain does not answer or changes meanwhile, which
+    says nothing about the plan.
     """
     head = await client.head()
     published = await _event(client, deployment, head.number, "PlanPublished", planId=plan_id)
     values = published.arguments
     model = ModelId(bytes(values["modelId"]))
     block = await client.block(published.block_number)
-    if block is None:
-        raise AuditError(f"the chain has no block {published.block_number}: the RPC endpoint is not in sync")
+    if block is None or block.hash != published.block_hash:
+        raise ChainUnavailableError(
+            f"block {published.block_number}, which published the plan, is not on the endpoint's chain any more: the "
+            "chain was reorganised or the endpoint is not in sync, run the audit again"
+        )
     assignments = tuple(Assignment.from_tuple(tuple(item)) for item in values["assignments"])
     root = bytes(values["root"])
     checks = [_same_root("leaves of the root", root, MerkleTree([item.leaf for item in assignments]).root)]
@@ -158,7 +162,7 @@ async def audit_plan(
         try:
             partition = plan_of_record(record, found_manifest)
             checks += _comparison(assignments, root, partition.to_shard_plan())
-        except PlanningError as error:
+        except ProtocolError as error:
             checks.append(Check("recomputed plan", False, f"the record gives no plan: {error}"))
     return PlanAudit(
         plan_id=plan_id,

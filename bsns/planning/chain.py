@@ -111,17 +111,25 @@ class Chain:
         return np.where(bandwidth > 0, time, NEVER)
 
     def hop(self, senders: Integers, receivers: Integers) -> Integers:
-        """Nanoseconds over the slowest pair of two groups at each cut; NEVER where a pair has no link."""
+        """Nanoseconds over the slowest pair of two groups at each cut; NEVER where a pair has no link.
+
+        Groups are the last axis of both, the axes before it are the result's.
+        """
         latency, bandwidth = self._links
-        slowest = np.zeros(self.units + 1, dtype=np.int64)
-        for sender in senders.tolist():
-            for receiver in receivers.tolist():
-                if bandwidth[sender, receiver]:
-                    time = latency[sender, receiver] + rate_ns(self.cuts, bandwidth[sender, receiver])
+        slowest = np.zeros((*senders.shape[:-1], self.units + 1), dtype=np.int64)
+        for sender in np.moveaxis(senders, -1, 0):
+            for receiver in np.moveaxis(receivers, -1, 0):
+                rate = bandwidth[sender, receiver][..., None]
+                if self.even:
+                    time = self._even_hops[sender, receiver][..., None]
                 else:
-                    time = np.full_like(self.cuts, NEVER)
-                slowest = np.maximum(slowest, time)
+                    time = latency[sender, receiver][..., None] + rate_ns(self.cuts, np.maximum(rate, 1), limit=NEVER)
+                slowest = np.maximum(slowest, np.where(rate > 0, time, NEVER))
         return np.where(self.cuts > 0, slowest, 0)
+
+    @cached_property
+    def _even_hops(self) -> Integers:
+        return self.transfers(int(self.cuts[1:-1].max(initial=0)))
 
     @cached_property
     def sizes(self) -> Integers:

@@ -12,9 +12,18 @@ from typing import Final
 import numpy as np
 
 from bsns.planning.chain import NEVER, Chain, Integers
+from bsns.planning.exact_chain import Stages
 from bsns.planning.problem import Objective
 
-WALK: Final = "shortest walk that may use a node again"
+WALK: Final = "shortest walk that pays prices for its nodes"
+_STEPS: Final = 30
+"""Walks that the search for prices may take at most, and at least where `_WALK_WORK` table cells are fewer."""
+_LEAST_STEPS: Final = 4
+_WALK_WORK: Final = 400_000_000
+_PATIENCE: Final = 3
+"""Walks without a better bound after which steps are halved."""
+_UNIT: Final = 16
+"""What one run counts in a direction of the ascent, so that halves and less are kept."""
 _SCALE: Final = 1_000_000
 _MARGIN: Final = 1e-9
 """Relative; far more than the rounding of the few float operations that the bound with replicas takes."""
@@ -23,8 +32,7 @@ _MARGIN: Final = 1e-9
 def lower_bound(chain: Chain, upper: int) -> tuple[int, str]:
     """A bound for the problem's objective and the argument it rests on. `upper` is the value of a known partition."""
     if chain.problem.objective is Objective.LATENCY:
-        found = walk(chain, exclusive=False)
-        return (upper if found is None else min(found[0], upper)), WALK
+        return Walks(chain).bound(upper), WALK
     terms = chain.problem.terms
     least = _largest_unit(chain)
     if terms.replicas == 1 and (not terms.spread_leftover or chain.nodes == 1):
@@ -191,53 +199,115 @@ class _Shares:
         return True
 
 
-def walk(chain: Chain, *, exclusive: bool) -> tuple[int, list[tuple[int, int, tuple[int, ...]]]] | None:
-    """The least sum of runs and transfers along a chain of nodes, and its stages; None if there is none.
+class Walks:
+    """The bound for LATENCY: shortest walks under prices on nodes.
 
-    Without `exclusive` a node may serve several stages, and the result bounds LATENCY from below. Proof: take one
-    replica of each stage of any partition. Its run costs at most what the slowest replica costs, a transfer between two
-    of them at most what the slowest pair costs, and the sequence is such a walk. Numbers of stages and replicas are
-    relaxed, too. With `exclusive` each state remembers the nodes of its best walk and avoids them: the result is a
-    partition (for one replica), not always the best.
+    A walk covers the units with runs on nodes, each of which fits, and pays each run and each transfer; it may use a
+    node again, so the shortest one costs less than any partition. Prices make it pay for that: with p_j >= 0 for every
+    run on node j, and q for every run, let W(p, q) be the cost of the shortest walk. Claim: with r replicas and S
+    stages, exactly (q of any sign) or at most (q >= 0), every partition costs at least
+
+        W(p, q) - sum of p_j / r - q S.
+
+    Proof: give the replicas of each stage the numbers 1 to r. The first of all stages are a walk, so are the second,
+    and so on: r walks. Each pays for its runs and transfers at most what the partition does, as a stage counts its
+    slowest replica and a transfer its slowest pair, and q S or less. A node serves once, so all of them together pay at
+    most the sum of the p_j. Hence r W(p, q) <= r (cost + q S) + sum of p_j.
+
+    Any prices do. Good ones are found by subgradient ascent: a node that walks use more often than once becomes dearer,
+    one that they leave out cheaper. It begins with what each node's memory saves over the slowest node that is needed
+    if the fastest serve first. Integers throughout, so that the bound does not depend on the machine.
     """
-    n, m = chain.units, chain.nodes
-    value = np.full((m, n + 1), NEVER, dtype=np.int64)
-    begin = np.full((m, n), NEVER, dtype=np.int64)
-    begin[:, 0] = 0
-    came = np.full((m, n + 1, 2), -1, dtype=np.int64)  # first cut of the last run; node before at each cut
-    used = np.zeros((m, n + 1, m), dtype=bool) if exclusive else None
-    nodes = np.arange(m)
-    hosts = [node for node in range(m) if chain.host[node]]
-    hops = {int(size): chain.transfers(int(size)) for size in chain.sizes[:1]} if chain.even else {}
-    for end in range(1, n + 1):
-        run = np.where(chain.reach[:, :end] >= end, chain.prefix[:, end : end + 1] - chain.prefix[:, :end], NEVER)
-        for node in hosts:
-            run[node] = chain.overflowing(node, end)
-        total = run + begin[:, :end]
-        starts = total.argmin(axis=1)
-        value[:, end] = np.minimum(total[nodes, starts], NEVER)
-        came[:, end, 0] = starts
-        if used is not None:
-            before = came[nodes, starts, 1]
-            used[:, end] = np.where((starts > 0)[:, None], used[before, starts], False)
-            used[nodes, end, nodes] = True
-        if end < n:
-            size = int(chain.cuts[end])
-            hop = hops[size] if size in hops else chain.transfers(size)
-            handed = value[:, end, None] + hop
-            if used is not None:
-                handed = np.where(used[:, end], NEVER, handed)
-            np.fill_diagonal(handed, NEVER)
-            sender = handed.argmin(axis=0)
-            begin[:, end] = np.minimum(handed[sender, nodes], NEVER)
-            came[:, end, 1] = sender
-    last = int(value[:, n].argmin())
-    if int(value[last, n]) >= NEVER:
-        return None
-    stages: list[tuple[int, int, tuple[int, ...]]] = []
-    node, cut = last, n
-    while cut:
-        first = int(came[node, cut, 0])
-        stages.insert(0, (first, cut, (node,)))
-        node, cut = int(came[node, first, 1]), first
-    return int(value[last, n]), stages
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        n = chain.units
+        cuts = np.arange(n + 1)
+        since = np.array([np.searchsorted(ends[:n], cuts) for ends in chain.reach], dtype=np.int64)
+        self._least_since: list[int] = since.min(axis=0).tolist()
+        # Where runs from a cut have reached as far as they fit: (nodes, first cuts) by the end that is too far.
+        self._over = [
+            np.nonzero((cuts[None, :n] >= since[:, end - 1, None]) & (cuts[None, :n] < since[:, end, None]))
+            for end in range(1, n + 1)
+        ]
+
+    def shortest(self, prices: Integers) -> tuple[int, Stages] | None:
+        """The shortest walk that pays `prices[j]` for each run on node j; None if there is none."""
+        chain, n, nodes = self._chain, self._chain.units, np.arange(self._chain.nodes)
+        prefix = np.ascontiguousarray(chain.prefix.T)
+        begin = np.full((chain.nodes, n), NEVER, dtype=np.int64)  # less the prefix sum at the cut
+        begin[:, 0] = prices
+        first = np.zeros((n + 1, chain.nodes), dtype=np.int64)
+        sender = np.zeros((n, chain.nodes), dtype=np.int64)
+        hosts = np.flatnonzero(chain.host).tolist()
+        hop, size = begin[:0], -1
+        value = begin[:, 0]
+        for end in range(1, n + 1):
+            begin[self._over[end - 1]] = NEVER
+            low = min(self._least_since[end], end - 1)
+            total = begin[:, low:end]
+            if hosts:
+                total = total.copy()
+                for node in hosts:
+                    total[node] += (chain.overflowing(node, end) - prefix[end, node] + chain.prefix[node, :end])[low:]
+            start = total.argmin(axis=1)
+            value = np.minimum(total[nodes, start] + prefix[end], NEVER)
+            first[end] = start + low
+            if end < n:
+                if size != chain.cuts[end]:
+                    size = int(chain.cuts[end])
+                    hop = chain.transfers(size)
+                    np.fill_diagonal(hop, NEVER)
+                handed = value[:, None] + hop
+                sender[end] = handed.argmin(axis=0)
+                begin[:, end] = np.minimum(handed[sender[end], nodes] + prices, NEVER) - prefix[end]
+        node, end = int(value.argmin()), n
+        least = int(value[node])
+        if least >= NEVER // 2:
+            return None
+        stages: Stages = []
+        while end:
+            start_cut = int(first[end, node])
+            stages.insert(0, (start_cut, end, (node,)))
+            node, end = int(sender[start_cut, node]), start_cut
+        return least, stages
+
+    def bound(self, upper: int) -> int:
+        """The best bound that the ascent finds. `upper`: the value of a known partition."""
+        chain, m, n = self._chain, self._chain.nodes, self._chain.units
+        r, stages = chain.problem.terms.replicas, chain.problem.maximum_stages
+        fixed = chain.problem.terms.stage_count is not None
+        whole, held = chain.prefix[:, -1], (chain.reach[:, :n] - np.arange(n)).max(axis=1)
+        by_speed = np.argsort(whole, kind="stable")
+        needed = min(int(np.searchsorted(np.cumsum(held[by_speed]), r * n)), m - 1)
+        # m prices of nodes, then the price of any run.
+        prices = [max(0, int(whole[by_speed[needed]] - whole[node]) * int(held[node]) // n) for node in range(m)] + [0]
+        best, best_prices, direction = 0, prices, [0] * (m + 1)
+        share, idle = 1, 0
+        for _ in range(max(_LEAST_STEPS, min(_STEPS, _WALK_WORK // (n * m * (m + n))))):
+            found = self.shortest(np.array(prices[:m], dtype=np.int64) + prices[m])
+            if found is None:
+                break
+            value = found[0] - sum(prices[:m]) // r - prices[m] * stages
+            idle += 1
+            if value > best:
+                best, best_prices, idle = value, prices, 0
+            elif idle == _PATIENCE:
+                prices, share, idle = best_prices, 2 * share, 0
+            if best >= upper:
+                break
+            runs = np.bincount([nodes[0] for _, _, nodes in found[1]], minlength=m)
+            excess = [_UNIT * (r * int(count) - 1) for count in runs] + [_UNIT * r * (len(found[1]) - stages)]
+            free = [price > 0 or (fixed and place == m) for place, price in enumerate(prices)]
+            excess = [item if may else max(item, 0) for item, may in zip(excess, free, strict=True)]
+            direction = [(7 * item + 3 * last) // 10 for item, last in zip(excess, direction, strict=True)]
+            norm = share * sum(item * item for item in direction)
+            if not norm:
+                break
+            moved = [
+                price + (upper - value) * _UNIT * r * item // norm
+                for price, item in zip(prices, direction, strict=True)
+            ]
+            most = NEVER // (8 * n)  # a walk has n runs at most: its sum stays an integer of 64 bits
+            prices = [max(0 if place < m or not fixed else -most, min(item, most)) for place, item in enumerate(moved)]
+        return min(best, upper)

@@ -28,6 +28,10 @@ Stages = list[tuple[int, int, tuple[int, ...]]]
 """First cut, end cut, and the numbers of the nodes, for each stage."""
 
 _NEWTON_STEPS: Final = 12
+_CALL_CELLS: Final = 200
+"""Table cells that take as long as it takes to begin with an array."""
+_HAND_OVER_CELLS: Final = 12
+"""Table cells that take as long as one hand-over."""
 _CELLS: Final = 2**22
 """Table cells that one step computes at once."""
 
@@ -44,13 +48,15 @@ def groups(chain: Chain) -> list[tuple[int, ...]]:
 
 
 def work(chain: Chain) -> int:
-    """Table cells that one pass computes: transitions between sets of nodes, times pairs of cuts."""
-    terms, m = chain.problem.terms, chain.nodes
+    """Table cells that one pass computes: transitions between sets of nodes, times pairs of cuts. With groups of any
+    size also, for each node in each group, a budget, and from the third stage on what every group before hands over.
+    """
+    terms, m, stages, cuts = chain.problem.terms, chain.nodes, chain.problem.maximum_stages, chain.units + 1
     if terms.spread_leftover and chain.problem.objective is Objective.THROUGHPUT:
-        pairs = int(3**m) * chain.problem.maximum_stages
-    else:
-        pairs = comb(m, terms.replicas) << (m - terms.replicas)
-    return pairs * (chain.units + 1) ** 2
+        budgets = (m << m) * _NEWTON_STEPS * max(cuts**2, _CALL_CELLS) // 2
+        handed = int(4**m) * max(stages - 2, 0) * cuts * _HAND_OVER_CELLS
+        return int(3**m) * stages * cuts**2 + budgets + handed
+    return (comb(m, terms.replicas) << (m - terms.replicas)) * cuts**2
 
 
 def budget(threshold: int, costs: Sequence[Integers]) -> Integers:
@@ -110,9 +116,9 @@ class ExactChain:
         self._hops = np.zeros((len(chain.sizes), len(self._groups), len(self._groups)), dtype=np.int64)
         for index, size in enumerate(chain.sizes):
             pair = chain.transfers(int(size))
-            for a, senders in enumerate(self._groups):
-                for b, receivers in enumerate(self._groups):
-                    self._hops[index, a, b] = pair[np.ix_(senders, receivers)].max()
+            sent = np.stack([pair[list(senders)].max(axis=0) for senders in self._groups])
+            for number, receivers in enumerate(self._groups):
+                self._hops[index, :, number] = sent[:, list(receivers)].max(axis=1)
 
     def least_latency(self) -> Stages | None:
         """The partition with the least sum; None if there is none."""

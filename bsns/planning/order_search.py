@@ -382,7 +382,7 @@ class OrderSearch:
             value = left[cuts, choice]
             choices.append(cuts - 1 - choice)
             if value[n] >= 0 and self._exactly in (None, stage + 1):
-                return self._trace(order, choices), cells
+                return traced(order[: len(choices) * r].reshape(-1, r), choices), cells
             if stage + 1 == self._stages:
                 break
             hop = chain.hop(group, order[stage * r + r : stage * r + 2 * r])
@@ -391,11 +391,13 @@ class OrderSearch:
                 break
         return None, cells
 
-    def _trace(self, order: Integers, choices: Sequence[Integers]) -> Stages:
-        stages: Stages = []
-        end, r = self._chain.units, self._replicas
-        for stage in range(len(choices) - 1, -1, -1):
-            first = int(choices[stage][end])
-            stages.insert(0, (first, end, tuple(order[stage * r : stage * r + r].tolist())))
-            end = first
-        return stages
+
+def traced(groups: Integers, choices: Sequence[Integers]) -> Stages:
+    """The stages of groups (stages, replicas), given the best first cut of each by the cut it ends at."""
+    stages: Stages = []
+    end = len(choices[0]) - 1
+    for group, choice in zip(groups[::-1], choices[::-1], strict=True):
+        first = int(choice[end])
+        stages.insert(0, (first, end, tuple(group.tolist())))
+        end = first
+    return stages

@@ -371,25 +371,12 @@ class Problem:
             )
 
     def _check_nodes(self) -> None:
-        members: dict[str, list[Operator]] = {}
-        for operator in self.graph.operators:
-            members.setdefault(operator.timing_key, []).append(operator)
-        # Only operators that do nothing take no time.
-        kinds = [(item[0], len(item), int(any(operator.work for operator in item))) for item in members.values()]
         seen: set[str] = set()
         for node in self.nodes:
             if node.node in seen:
                 raise PlanningError(f"node {node.node} is given twice")
             seen.add(node.node)
-            _require_integer(node.memory_bytes, 0, f"node {node.node}: memory_bytes")
-            _require_integer(node.host_bytes_per_second, 0, f"node {node.node}: host_bytes_per_second")
-            total = 0
-            for operator, count, least in kinds:
-                time = node.time_of(operator)
-                _require_integer(time, least, f"node {node.node}: time of {operator.timing_key!r} ({operator.name})")
-                total += count * time
-            if total >= MAXIMUM_TOTAL:
-                raise PlanningError(f"node {node.node}: the whole model takes {total} ns, at most 2**52 can be planned")
+            check_node(self.graph, node)
 
     def _check_links(self) -> None:
         known = {node.node for node in self.nodes}
@@ -399,12 +386,9 @@ class Problem:
             for (sender, receiver), link in self.links.measured.items()
             if sender in known and receiver in known
         ]
-        largest = sum(tensor.size_bytes for tensor in self.graph.tensors)
+        size = sum(tensor.size_bytes for tensor in self.graph.tensors)
         for where, link in named:
-            _require_integer(link.latency_ns, 0, f"{where}: latency_ns")
-            _require_integer(link.bytes_per_second, 1, f"{where}: bytes_per_second")
-            if link.transfer_ns(largest) >= MAXIMUM_TOTAL:
-                raise PlanningError(f"{where} takes more than 2**52 ns for all tensors: it is too slow to plan with")
+            check_link(link, size, where)
 
     def _check_memory(self) -> None:
         graph, terms = self.graph, self.terms
@@ -460,6 +444,28 @@ class Problem:
                 if other is not node
             )
         )
+
+
+def check_node(graph: ModelGraph, node: PlanningNode) -> None:
+    """PlanningError if nothing can be planned for `graph` with `node` in it, whatever the other nodes are."""
+    _require_integer(node.memory_bytes, 0, f"node {node.node}: memory_bytes")
+    _require_integer(node.host_bytes_per_second, 0, f"node {node.node}: host_bytes_per_second")
+    total = 0
+    for operator in graph.operators:
+        time = node.time_of(operator)
+        least = 1 if operator.work else 0  # only operators that do nothing take no time
+        _require_integer(time, least, f"node {node.node}: time of {operator.timing_key!r} ({operator.name})")
+        total += time
+    if total >= MAXIMUM_TOTAL:
+        raise PlanningError(f"node {node.node}: the whole model takes {total} ns, at most 2**52 can be planned")
+
+
+def check_link(link: Link, size_bytes: int, where: str) -> None:
+    """PlanningError if `link` cannot be planned with for a graph whose tensors have `size_bytes` together."""
+    _require_integer(link.latency_ns, 0, f"{where}: latency_ns")
+    _require_integer(link.bytes_per_second, 1, f"{where}: bytes_per_second")
+    if link.transfer_ns(size_bytes) >= MAXIMUM_TOTAL:
+        raise PlanningError(f"{where} takes more than 2**52 ns for all tensors: it is too slow to plan with")
 
 
 def evaluate(

@@ -19,16 +19,25 @@ PLANNER: Final = "bsns.planning"
 PLANNER_VERSION: Final = 1
 """Counts up with every change by which equal inputs could give another plan: old plans need the old release."""
 
+MAXIMUM_UNITS: Final = 4_096
+"""Units of a model that is planned: an auditor's tables grow with their square, to 0.1 GB there, and a manifest is a
+stranger's."""
+
 
 def plan_of_record(record: PlanningRecord, manifest: ModelManifest) -> Partition:
     """The partition that `record` gives for the model of `manifest`.
 
-    PlanningError if there is none, or if the record is of a planner that this release does not have.
+    PlanningError if there is none, if the model has too many units, or if the record is of a planner that this release
+    does not have.
     """
     if (record.planner, record.planner_version) != (PLANNER, PLANNER_VERSION):
         raise PlanningError(
             f"the record is of planner {record.planner} version {record.planner_version}, this release has {PLANNER} "
             f"version {PLANNER_VERSION}: take the release that published the plan"
+        )
+    if len(manifest.units) > MAXIMUM_UNITS:
+        raise PlanningError(
+            f"the model {manifest.name!r} has {len(manifest.units)} units, at most {MAXIMUM_UNITS} are planned"
         )
     try:
         objective, transfers = Objective(record.objective), Transfers(record.transfers)

@@ -19,6 +19,7 @@ import numpy as np
 from bsns.planning import chain_bound, exact_chain
 from bsns.planning.chain import NEVER, Chain, rate_ns
 from bsns.planning.exact_chain import ExactChain, Stages
+from bsns.planning.latency_search import LatencySearch
 from bsns.planning.order_search import OrderSearch
 from bsns.planning.problem import Objective, Partition, PlanningError, Problem, evaluate
 
@@ -79,25 +80,29 @@ class _Run:
 
     def latency(self) -> Partition:
         problem, chain = self._problem, self._chain
-        bound = chain_bound.walk(chain, exclusive=False)
-        if bound is None:
+        walk = chain_bound.Walks(chain).shortest(np.zeros(chain.nodes, dtype=np.int64))
+        if walk is None:
             raise problem.infeasible()
-        lower, argument = bound[0], chain_bound.WALK
-        relaxed = self._accept([bound[1]])  # a walk that uses no node twice is a partition
-        if relaxed is not None and self._value(relaxed) == lower:
-            return self._finish(relaxed, lower, argument, "sequential: shortest walk")
+        relaxed = self._accept([walk[1]])  # a walk that uses no node twice is a partition
+        if relaxed is not None and self._value(relaxed) == walk[0]:
+            return self._finish(relaxed, walk[0], chain_bound.WALK, "sequential: shortest walk")
         if self._exact:
             best = ExactChain(chain).least_latency()
             if best is None:
                 raise problem.infeasible()
             return self._finish(best, self._value(best), "exact dynamic programme", "sequential: exact")
-        walk = chain_bound.walk(chain, exclusive=True)
-        search = OrderSearch(chain, seed=self._seed, value=self._value, tick=self._late)
-        filled = search.best(self._first_orders(), search.limit)
-        best = self._accept([walk[1] if walk is not None else None, filled, self._recursion])
+        search = LatencySearch(chain, seed=self._seed, tick=self._late)
+        starts = [walk[1]] if self._recursion is None else [walk[1], self._recursion]
+        found = search.best(starts)
+        if found is None:  # not even all nodes hold the model in the orders it knows
+            orders = OrderSearch(chain, seed=self._seed, value=self._value, tick=self._late)
+            filled = orders.best(self._first_orders(), orders.limit)
+            found = None if filled is None else search.best([filled])
+        best = self._accept([found, self._recursion])
         if best is None:
             raise problem.infeasible()
-        return self._finish(best, lower, argument, "sequential: walk")
+        lower, argument = chain_bound.lower_bound(chain, self._value(best))
+        return self._finish(best, lower, argument, "sequential: chain search")
 
     def throughput(self) -> Partition:
         problem, chain = self._problem, self._chain

@@ -37,7 +37,7 @@ _RECORD_ABI: Final = [
     "bytes32",
     "string",
     "(uint16,uint16,bool,uint32,uint32,string)",
-    "uint64",
+    "uint32",
     "uint32",
     "(uint64,uint64)",
     "(address,uint64,uint32)[]",
@@ -108,7 +108,7 @@ class PlanningRecord:
         _require(self.planner_version, "planner_version", 0, _MAXIMUM_UINT32)
         _require(self.concurrent_sessions, "concurrent_sessions", 1, _MAXIMUM_UINT32)
         _require(self.session_tokens, "session_tokens", 1, _MAXIMUM_UINT32)
-        _require(self.seed, "seed", 0, _MAXIMUM_UINT64)
+        _require(self.seed, "seed", 0, _MAXIMUM_UINT32)
         _require(self.batch, "batch", 1, _MAXIMUM_UINT32)
         _require(self.prior_latency_ns, "prior_latency_ns", 0, _MAXIMUM_UINT64)
         _require(self.prior_bytes_per_second, "prior_bytes_per_second", 1, _MAXIMUM_UINT64)
@@ -156,7 +156,7 @@ class PlanningRecord:
         """Canonical encoding: abi.encode of the fields in docs/protocol.md, "Planning record"."""
         return self._bytes
 
-    @property
+    @cached_property
     def hash(self) -> bytes:
         """keccak256 of the canonical bytes: the plan's measurementsHash, 32 bytes."""
         return keccak256(self._bytes)

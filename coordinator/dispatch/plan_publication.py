@@ -2,8 +2,9 @@
 
 Owns the one offer in progress for one model. Promises that what is published is what the planner gave for the planning
 record stored under the hash that the plan carries, that record and manifest are announced on chain before the plan if
-they are small enough, and that every assigned node signed that very root. A node that refuses or stays silent is left
-out of the next attempt for a while. A plan is replaced only when a stage has had no live replica for longer than the
+they are small enough, and that every assigned node signed that very root. A node that refuses, stays silent, or whose
+measurements nothing can be planned with is left out for a while, each time for twice as long until a plan stands: no
+few nodes can keep the others from one. A plan is replaced only when a stage has had no live replica for longer than the
 limit. Nothing here survives a restart, and nothing needs to: without a published plan the offer is made again.
 """
 
@@ -17,12 +18,13 @@ from typing import Final
 import structlog
 
 from bsns.chain.client import ChainClient
-from bsns.planning import Objective, Partition, Transfers
-from bsns.planning.measured import NEWCOMER_LINK
+from bsns.planning import Objective, Partition, PlanningError, Transfers
+from bsns.planning.measured import NEWCOMER_LINK, check_measurements
 from bsns.planning.published import PLANNER, PLANNER_VERSION, plan_of_record
 from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.identifiers import ModelId, ProtocolError, keccak256, model_id
 from bsns.protocol.manifest import ModelManifest
+from bsns.protocol.model_graph import ModelGraph
 from bsns.protocol.plan import ShardPlan
 from bsns.protocol.planning_record import MAXIMUM_ANNOUNCED_BYTES, PlanningRecord, SignedMeasurements
 from bsns.protocol.typed_data import PLAN_CONSENT, Domain, is_signed_by, signing_digest
@@ -62,14 +64,25 @@ class PlanPolicy:
 
 @dataclass(frozen=True, slots=True)
 class PublicationLimits:
-    """Seconds."""
+    """Seconds. `refusal_pause_seconds` is how long a node is left out at first, doubled each time up to
+    `maximum_pause_seconds`.
+    """
 
     gather_seconds: float = 1.0
     consent_wait_seconds: float = 120.0
     consent_validity_seconds: int = 900
     refusal_pause_seconds: float = 60.0
+    maximum_pause_seconds: float = 3_600.0
     failure_pause_seconds: float = 5.0
     replace_after_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Absence:
+    """A node that is left out `until` then, by the clock; the next time for longer than `seconds`."""
+
+    until: float
+    seconds: float
 
 
 @dataclass(slots=True)
@@ -112,6 +125,23 @@ def planning_record(model: ModelId, measurements: Iterable[SignedMeasurements], 
     )
 
 
+def plannable(
+    measurements: Iterable[SignedMeasurements], manifest: ModelManifest, policy: PlanPolicy
+) -> tuple[list[SignedMeasurements], dict[str, str]]:
+    """Those measurements that can be planned with, and by node why the others cannot."""
+    graph = ModelGraph.of_manifest(manifest)
+    usable: list[SignedMeasurements] = []
+    refused: dict[str, str] = {}
+    for item in measurements:
+        try:
+            check_measurements(item.measurements, graph, batch=policy.batch)
+        except PlanningError as error:
+            refused[item.measurements.node] = str(error)
+        else:
+            usable.append(item)
+    return usable, refused
+
+
 class PlanPublication:
     """Keeps one model planned. `step` is one look at the situation; `consent` takes what nodes answer."""
 
@@ -141,7 +171,7 @@ class PlanPublication:
         self._clock = clock
         self._blocking = run_blocking
         self._offer: _Offer | None = None
-        self._left_out: dict[str, float] = {}
+        self._left_out: dict[str, _Absence] = {}
         self._uncovered_since: float | None = None
         self._not_before = 0.0
         self._publish_key: str | None = None
@@ -164,6 +194,7 @@ class PlanPublication:
             return
         if current is not None and not await self._needs_replacement(current, now):
             self.waits_for = None
+            self._left_out.clear()
             return
         if self._clock() >= self._not_before:
             await self._make_offer(current, now)
@@ -276,14 +307,12 @@ class PlanPublication:
         }
 
     async def _make_offer(self, current: PlanState | None, now: int) -> None:
-        serving = await self.serving_nodes(now)
-        known = await self._blocking(lambda: self._storage.measurements(self.model))
         clock = self._clock()
-        self._left_out = {node: until for node, until in self._left_out.items() if until > clock}
-        usable = {node: known[node] for node in sorted(serving - set(self._left_out)) if node in known}
-        for node in [node for node, item in usable.items() if not self._measured_all(item)]:
-            del usable[node]  # else one node could keep all others from a plan
-            self._leave_out(node, "its measurements do not cover every kind of unit of the model")
+        absent = {node for node, absence in self._left_out.items() if absence.until > clock}
+        present = await self.serving_nodes(now) - absent
+        usable, refused = await self._blocking(lambda: self._measured(present))
+        for node, reason in refused.items():
+            self._leave_out(node, reason)
         minimum = self._policy.minimum_nodes if current is None else self._policy.replacement_minimum_nodes
         if len(usable) < max(minimum, 1):
             self.waits_for = f"nodes: {len(usable)} of {minimum} are attached, staked and measured"
@@ -292,15 +321,12 @@ class PlanPublication:
             self.waits_for = "the last nodes to join"
             return
         try:
-            record = planning_record(self.model, usable.values(), self._policy)
-            partition = await self._blocking(lambda: plan_of_record(record, self.manifest))
-            plan = partition.to_shard_plan()
+            record, partition, plan = await self._blocking(lambda: self._plan(usable))
         except ProtocolError as error:  # a PlanningError, or measurements too large to record
             self.waits_for = f"a possible plan: {error}"
-            self._not_before = clock + self._limits.failure_pause_seconds
+            self._not_before = self._clock() + self._limits.failure_pause_seconds
             _log.warning("no_plan_possible", model=self._name, reason=str(error))
             return
-        await self._blocking(lambda: self._storage.keep_planning_record(record))
         epoch = int(await self._chain.call("ShardAssignments", "nextEpoch", self.model, self._outbox.sender))
         deadline = now + self._limits.consent_validity_seconds
         message = self._offer_message(plan, epoch, record.hash, deadline)
@@ -325,12 +351,22 @@ class PlanPublication:
         self._offer = None
 
     def _leave_out(self, node: str, reason: str) -> None:
-        self._left_out[node] = self._clock() + self._limits.refusal_pause_seconds
-        _log.warning("node_left_out", model=self._name, node=node, reason=reason)
+        before, limits = self._left_out.get(node), self._limits
+        longer = limits.refusal_pause_seconds if before is None else 2 * before.seconds
+        seconds = min(longer, limits.maximum_pause_seconds)
+        self._left_out[node] = _Absence(self._clock() + seconds, seconds)
+        _log.warning("node_left_out", model=self._name, node=node, reason=reason, seconds=seconds)
 
-    def _measured_all(self, signed: SignedMeasurements) -> bool:
-        measured = {item.unit_kind for item in signed.measurements.unit_timings}
-        return all(unit.timing_key in measured for unit in self.manifest.units)
+    def _measured(self, nodes: set[str]) -> tuple[list[SignedMeasurements], dict[str, str]]:
+        known = self._storage.measurements(self.model)
+        return plannable([known[node] for node in sorted(nodes & set(known))], self.manifest, self._policy)
+
+    def _plan(self, measurements: list[SignedMeasurements]) -> tuple[PlanningRecord, Partition, ShardPlan]:
+        """Takes seconds for hundreds of nodes: the record alone is megabytes of their links."""
+        record = planning_record(self.model, measurements, self._policy)
+        partition = plan_of_record(record, self.manifest)
+        self._storage.keep_planning_record(record)
+        return record, partition, partition.to_shard_plan()
 
     async def _publish(self, offer: _Offer) -> None:
         key = f"publishPlan/0x{self.model.hex()}/{offer.epoch}/{offer.plan.root.hex()[:16]}/{offer.deadline}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from structlog.testing import capture_logs
 from bsns.chain.signer import KeySigner
 from bsns.planning.published import plan_of_record
 from bsns.protocol.identifiers import address, model_id
-from bsns.protocol.measurements import NodeMeasurements, UnitTiming
+from bsns.protocol.measurements import LinkTiming, NodeMeasurements, UnitTiming
 from bsns.protocol.typed_data import PLAN_CONSENT, assignments_domain, signing_digest
 from bsns.v1 import coordination_pb2
 from coordinator.dispatch import NodePool, PlanPolicy, PlanPublication, PoolLimits, PublicationLimits, plan_publication
@@ -55,10 +56,6 @@ class _Contracts:
         return 1
 
 
-async def _here(function: Callable[[], _T], /) -> _T:
-    return function()
-
-
 class _Situation:
     """A coordinator's database with a registered model and three measured, attached nodes."""
 
@@ -67,7 +64,9 @@ class _Situation:
         migrate(url)
         self.storage = Storage(url)
         self.outbox = _Outbox()
-        self.pool = NodePool(PoolLimits(), lambda: 10.0)
+        self.now = 10.0
+        self.is_blocking = False
+        self.pool = NodePool(PoolLimits(), lambda: self.now)
         self.publication = PlanPublication(
             _MANIFEST,
             PlanPolicy(fee_per_token=_FEE),
@@ -77,8 +76,8 @@ class _Situation:
             outbox=self.outbox,  # type: ignore[arg-type]
             assignments_domain=_DOMAIN,
             limits=PublicationLimits(gather_seconds=0.0),
-            clock=lambda: 10.0,
-            run_blocking=_here,
+            clock=lambda: self.now,
+            run_blocking=self.run_blocking,
         )
         chain = SimulatedChain()
         registered = {
@@ -104,9 +103,17 @@ class _Situation:
         for content in chain._chain[1:]:
             self.storage.append_block(content.block, content.events)
 
-    def measure(self, key: KeySigner, kinds: tuple[str, ...] = ("embedding", "block", "head"), at: int = 1) -> None:
-        timings = tuple(UnitTiming(kind, 10**9, 10**9, 10**9, 10**9) for kind in kinds)
+    async def run_blocking(self, function: Callable[[], _T], /) -> _T:
+        self.is_blocking = True
+        try:
+            return function()
+        finally:
+            self.is_blocking = False
+
+    def measure(self, key: KeySigner, at: int = 1, **changes: Any) -> None:
+        timings = tuple(UnitTiming(kind, 10**9, 10**9, 10**9, 10**9) for kind in ("embedding", "block", "head"))
         measurements = NodeMeasurements(_MODEL, key.address, at, bytes([1]) * 32, 10**9, timings)
+        measurements = dataclasses.replace(measurements, **changes)
         self.storage.keep_measurements(measurements, key.sign_digest(measurements.signing_digest(_DOMAIN)))
 
     async def consent_of_all(self) -> None:
@@ -175,17 +182,68 @@ async def test_record_too_large_to_announce_is_logged_with_its_command_and_the_p
     assert f"`bsns-coordinator record 0x{publish.arguments[3].hex()}`" in advice[1]
 
 
-async def test_node_that_measured_only_part_of_the_model_is_left_out_and_holds_nobody_up(
-    situation: _Situation,
+def _age(kind: str) -> UnitTiming:
+    return UnitTiming(kind, 2**51, 1, 2**51, 1)
+
+
+@pytest.mark.parametrize(
+    ("extreme", "reason"),
+    [
+        ({"unit_timings": (UnitTiming("block", 1, 1, 1, 1),)}, "did not measure 'embedding'"),
+        ({"unit_timings": tuple(map(_age, ("embedding", "block", "head")))}, "at most 2**52 can be planned"),
+        ({"links": (LinkTiming(_KEYS[1].address, 2**60, 1),)}, "too slow to plan with"),
+        ({"memory_bytes": 2**64 - 1}, "memory_bytes"),
+    ],
+)
+async def test_node_whose_measurements_cannot_be_planned_with_is_left_out_and_holds_nobody_up(
+    situation: _Situation, extreme: dict[str, Any], reason: str
 ) -> None:
-    situation.measure(_KEYS[0], kinds=("block",), at=2)
+    situation.measure(_KEYS[0], at=2, **extreme)
     with capture_logs() as logs:
         await situation.publication.step(_NOW)
     offer = situation.publication._offer
     assert offer is not None
     assert {item.measurements.node for item in offer.record.measurements} == {key.address for key in _KEYS[1:]}
+    assert plan_of_record(offer.record, _MANIFEST).to_shard_plan() == offer.plan  # what an auditor does
     [left_out] = [line for line in logs if line["event"] == "node_left_out"]
     assert left_out["node"] == _KEYS[0].address
-    assert "every kind of unit" in left_out["reason"]
+    assert reason in left_out["reason"]
     [offered] = [line for line in logs if line["event"] == "plan_offered"]
     assert {"solver", "objective", "value_nanoseconds", "lower_bound_nanoseconds", "ratio"} <= set(offered)
+
+
+async def test_node_that_refuses_again_and_again_is_left_out_for_twice_as_long_each_time(situation: _Situation) -> None:
+    pauses = []
+    for _ in range(9):
+        with capture_logs() as logs:
+            while not any(line["event"] == "node_left_out" for line in logs):
+                for key in _KEYS:
+                    situation.pool.heartbeat(situation.pool.attach(key.address), coordination_pb2.Heartbeat())
+                await situation.publication.step(_NOW)
+                offer = situation.publication._offer
+                if offer is not None and _KEYS[0].address in offer.nodes:
+                    refusal = coordination_pb2.PlanConsent(model_id=_MODEL, epoch=1, refusal="no")
+                    await situation.publication.consent(_KEYS[0].address, refusal)
+                elif offer is not None:  # of the others, who say nothing
+                    situation.publication._offer = None
+                    situation.now += 30
+        pauses += [line["seconds"] for line in logs if line["event"] == "node_left_out"]
+    assert pauses == [60, 120, 240, 480, 960, 1_920, 3_600, 3_600, 3_600]
+
+
+async def test_record_is_built_and_planned_beside_the_event_loop(
+    situation: _Situation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            seen.append((function.__name__, situation.is_blocking))
+            return function(*arguments)
+
+        return call
+
+    for function in (plan_publication.planning_record, plan_publication.plan_of_record):
+        monkeypatch.setattr(plan_publication, function.__name__, watched(function))
+    await situation.publication.step(_NOW)
+    assert seen == [("planning_record", True), ("plan_of_record", True)]

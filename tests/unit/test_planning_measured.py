@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import permutations
+from typing import Any
 
 import pytest
 
-from bsns.planning.measured import NEWCOMER_LINK, planning_links, planning_node
+from bsns.planning.measured import NEWCOMER_LINK, check_measurements, planning_links, planning_node
 from bsns.planning.problem import Link, PlanningError
 from bsns.protocol.identifiers import ModelId, address
 from bsns.protocol.measurements import LinkTiming, NodeMeasurements, UnitTiming
+from bsns.protocol.model_graph import ModelGraph
+from tests.unit.shape_manifests import TEXT
 
 A, B, C, D = (address(bytes([number]) * 20) for number in range(1, 5))
 
@@ -56,3 +60,31 @@ def test_planning_links_are_the_senders_word_then_the_receivers_then_the_prior()
 def test_planning_links_of_a_node_given_twice_are_refused() -> None:
     with pytest.raises(PlanningError, match="twice"):
         planning_links([measured(A), measured(A, LinkTiming(B, 1, 1))])
+
+
+def _timings(*values: tuple[str, int]) -> tuple[UnitTiming, ...]:
+    return tuple(UnitTiming(kind, time, time, time, time) for kind, time in values)
+
+
+WHOLE = (("embedding", 1), ("block", 100), ("head", 30))
+EXTREMES: dict[str, tuple[dict[str, Any], str]] = {
+    "a kind is missing": ({"unit_timings": _timings(*WHOLE[:2])}, "did not measure 'head'"),
+    "a kind too many": ({"unit_timings": _timings(*WHOLE, ("tail", 1))}, "measured 'tail', which 'shapes'"),
+    "a unit takes an age": ({"unit_timings": _timings(*WHOLE[:2], ("head", 2**64 - 1))}, r"time of 'head'"),
+    "the model takes an age": ({"unit_timings": _timings(*WHOLE[:2], ("head", 2**52))}, r"at most 2\*\*52"),
+    "more memory than there is": ({"memory_bytes": 2**64 - 1}, "memory_bytes"),
+    "a link of an age": ({"links": (LinkTiming(B, 2**60, 1),)}, f"link from {A} to {B} takes more than"),
+    "a link of two ages": ({"links": (LinkTiming(B, 2**64 - 1, 1),)}, f"link from {A} to {B}: latency_ns"),
+    "a link of light": ({"links": (LinkTiming(B, 1, 2**64 - 1),)}, f"link from {A} to {B}: bytes_per_second"),
+}
+
+
+@pytest.mark.parametrize("case", EXTREMES)
+def test_check_of_measurements_that_nothing_can_be_planned_with_names_node_and_reason(case: str) -> None:
+    graph = ModelGraph.of_manifest(TEXT)
+    fine = dataclasses.replace(measured(A, LinkTiming(B, 4_001, 10)), unit_timings=_timings(*WHOLE))
+    check_measurements(fine, graph)
+    changes, said = EXTREMES[case]
+    with pytest.raises(PlanningError, match=said) as raised:
+        check_measurements(dataclasses.replace(fine, **changes), graph)
+    assert A in str(raised.value)

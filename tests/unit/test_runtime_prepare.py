@@ -1,6 +1,7 @@
 """Preparation: reproducible, idempotent, atomic, and damage is found."""
 
 import dataclasses
+import hashlib
 import threading
 from pathlib import Path
 
@@ -122,3 +123,15 @@ def test_tied_head_is_written_with_the_head_unit(tmp_path: Path) -> None:
     assert store.load_unit(5)["lm_head.weight"].equal(model.model.embed_tokens.weight)
     manifest: ModelManifest = store.manifest
     assert [unit.kind for unit in manifest.units] == ["embedding", *["block"] * 4, "head"]
+
+
+def test_unit_of_the_right_hash_that_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
+    folder = prepare(tiny_source(tiny_llama()), tmp_path, report=silent)
+    manifest = WeightStore(folder).manifest
+    path = folder / "unit-00001.safetensors"
+    path.write_bytes(b"\xff" * 64)
+    units = list(manifest.units)
+    units[1] = dataclasses.replace(units[1], sha256=hashlib.sha256(path.read_bytes()).digest())
+    (folder / "manifest.json").write_bytes(dataclasses.replace(manifest, units=tuple(units)).to_bytes())
+    with pytest.raises(WeightStoreError, match="no safetensors file"):
+        WeightStore(folder).load_unit(1)
