@@ -5,7 +5,9 @@ takes.
 8, room for 1.15 to 1.9 times the layers, a head that costs nothing or as much as 8 layers) and compares with the
 optimum. That optimum is computed here, by counting, and shares no code with the planner. The baselines are written from
 their descriptions: layers in proportion to memory (exo), and the fewest nodes with room for the model, filled in
-proportion to speed (Parallax); the second also over all nodes. `times` measures planning time over units and nodes.
+proportion to speed (Parallax); the second also over all nodes. Plans for latency, with a link of its own for every pair
+of nodes, are compared with the exact programme where that is possible, and with their bound beyond. `times` measures
+planning time over units and nodes.
 """
 
 import math
@@ -22,7 +24,18 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.result import FIGURES, Figure
-from bsns.planning import FREE_LINKS, Link, Links, Partition, PlanningNode, Problem, Terms, partition, sequential
+from bsns.planning import (
+    FREE_LINKS,
+    Link,
+    Links,
+    Objective,
+    Partition,
+    PlanningNode,
+    Problem,
+    Terms,
+    partition,
+    sequential,
+)
 from bsns.protocol.identifiers import address
 from bsns.protocol.model_graph import ModelGraph, Operator, Parameter, Tensor
 
@@ -37,6 +50,8 @@ TIMED = {
     "nodes": [(1024, nodes) for nodes in (4, 16, 64, 128, 256)],
 }
 RUNS = 5
+LATENCY_SIZES = ((128, 16), (256, 32))
+"""Units and nodes of the fleets whose plans for latency are compared with their bound."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +233,7 @@ def quality(seed: int, clusters: int = CLUSTERS) -> list[Figure]:
         figures.append(Figure(f"{name}: all settings, geomean", geomean(values), "ratio", low, high, count, "<= 1.005"))
         figures.append(Figure(f"{name}: all settings, worst", high, "ratio", low, high, count, "<= 1.05"))
     figures.append(_linked_quality(seed, clusters // 2))
+    figures += _latency_quality(seed, clusters // 2)
     share = proven / (clusters * len(SETTINGS))
     figures.append(Figure("hybrid: plans proven optimal", share, "share", share, share, clusters * len(SETTINGS)))
     _draw_quality(ratios)
@@ -237,6 +253,43 @@ def _linked_quality(seed: int, clusters: int) -> Figure:
     note = "over the exact programme's plan; every pair of nodes has a link of its own"
     name = "search over orders alone: independent memory, head 8, links"
     return Figure(name, geomean(ratios), "ratio", min(ratios), max(ratios), clusters, "<= 1.005", note)
+
+
+def _latency_quality(seed: int, clusters: int) -> list[Figure]:
+    """The search for latency alone over the exact programme on 6 and 7 nodes, and its bound over it on large fleets."""
+    rng = random.Random(f"{seed}/latency")
+    values, bounds = [], []
+    for number in range(clusters):
+        problem = latency_problem(rng, LAYERS, 6 + number % 2)
+        exact = sequential.solve(problem, seed=seed)
+        assert exact.value_ns == exact.lower_bound_ns, "the exact programme did not finish"
+        found = sequential.solve(problem, seed=seed, exact_work=0)
+        assert found.lower_bound_ns <= exact.value_ns <= found.value_ns, "a wrong bound, or a wrong optimum"
+        values.append(found.value_ns / exact.value_ns)
+        bounds.append(found.lower_bound_ns / exact.value_ns)
+    note = f"over the exact programme's plan; worst {max(values):.4f}, {sum(item == 1 for item in values)} optimal"
+    name = "search for latency alone: 6 and 7 nodes, links"
+    figures = [Figure(name, geomean(values), "ratio", min(values), max(values), clusters, None, note)]
+    name = "bound for latency / optimum: 6 and 7 nodes, links"
+    figures.append(Figure(name, geomean(bounds), "ratio", min(bounds), max(bounds), clusters))
+    for units, count in LATENCY_SIZES:
+        spent, ratios = [], []
+        for run in range(2 * RUNS):
+            problem = latency_problem(rng, units - 1, count)
+            start = time.perf_counter()
+            ratios.append(sequential.solve(problem, seed=run).ratio)
+            spent.append(time.perf_counter() - start)
+        name = f"bound / found for latency, {units} units on {count} nodes, links"
+        note = f"median planning time {statistics.median(spent):.3f} s, longest {max(spent):.3f} s"
+        figures.append(Figure(name, geomean(ratios), "ratio", min(ratios), max(ratios), len(ratios), None, note))
+    return figures
+
+
+def latency_problem(rng: random.Random, layers: int, count: int) -> Problem:
+    """Memory independent of speed, a head as long as 8 layers, a link of its own for every pair of nodes."""
+    nodes = fleet(draw_cluster(rng, layers, count, related=False), 8)
+    terms = Terms(spread_leftover=False, maximum_stages=count)
+    return Problem(model(layers, 8, CUT_BYTES), nodes, linked(rng, nodes), Objective.LATENCY, terms)
 
 
 def _draw_quality(ratios: dict[str, dict[str, list[float]]]) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bsns.planning.problem import SECOND_NS, Problem
+from bsns.planning.problem import MAXIMUM_TOTAL, SECOND_NS, Problem
 
 Integers = NDArray[np.int64]
 
@@ -31,7 +31,8 @@ class Chain:
         self.prefix: Integers = np.zeros((self.nodes, self.units + 1), dtype=np.int64)
         np.cumsum(problem.times, axis=1, out=self.prefix[:, 1:])
         self.cuts: Integers = np.array(problem.cut_bytes(range(self.units)), dtype=np.int64)
-        self.room: Integers = np.array([node.memory_bytes for node in problem.nodes], dtype=np.int64)
+        room = [min(node.memory_bytes, MAXIMUM_TOTAL) for node in problem.nodes]  # no model needs more, and sums fit
+        self.room: Integers = np.array(room, dtype=np.int64)
         self.host: Integers = np.array([node.host_bytes_per_second for node in problem.nodes], dtype=np.int64)
 
     @cached_property

@@ -282,7 +282,10 @@ class Walks:
         needed = min(int(np.searchsorted(np.cumsum(held[by_speed]), r * n)), m - 1)
         # m prices of nodes, then the price of any run.
         prices = [max(0, int(whole[by_speed[needed]] - whole[node]) * int(held[node]) // n) for node in range(m)] + [0]
-        best, best_prices, direction = 0, prices, [0] * (m + 1)
+        free = self.shortest(np.zeros(m, dtype=np.int64))
+        if free is None:
+            return upper
+        best, best_prices, direction = free[0], prices, [0] * (m + 1)
         share, idle = 1, 0
         for _ in range(max(_LEAST_STEPS, min(_STEPS, _WALK_WORK // (n * m * (m + n))))):
             found = self.shortest(np.array(prices[:m], dtype=np.int64) + prices[m])
@@ -298,8 +301,8 @@ class Walks:
                 break
             runs = np.bincount([nodes[0] for _, _, nodes in found[1]], minlength=m)
             excess = [_UNIT * (r * int(count) - 1) for count in runs] + [_UNIT * r * (len(found[1]) - stages)]
-            free = [price > 0 or (fixed and place == m) for place, price in enumerate(prices)]
-            excess = [item if may else max(item, 0) for item, may in zip(excess, free, strict=True)]
+            falls = [price > 0 or (fixed and place == m) for place, price in enumerate(prices)]
+            excess = [item if may else max(item, 0) for item, may in zip(excess, falls, strict=True)]
             direction = [(7 * item + 3 * last) // 10 for item, last in zip(excess, direction, strict=True)]
             norm = share * sum(item * item for item in direction)
             if not norm:

@@ -28,7 +28,7 @@ Stages = list[tuple[int, int, tuple[int, ...]]]
 """First cut, end cut, and the numbers of the nodes, for each stage."""
 
 _NEWTON_STEPS: Final = 12
-_CALL_CELLS: Final = 200
+_CALL_CELLS: Final = 600
 """Table cells that take as long as it takes to begin with an array."""
 _HAND_OVER_CELLS: Final = 12
 """Table cells that take as long as one hand-over."""

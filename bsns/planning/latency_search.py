@@ -25,7 +25,10 @@ from bsns.planning.exact_chain import Stages
 from bsns.planning.order_search import traced
 
 _NEIGHBOURS: Final = 48
-_PATIENCE: Final = 10
+_LEAST_NEIGHBOURS: Final = 4
+_CELLS: Final = 1_000_000
+"""Places times cuts that one neighbourhood has at most, beyond its least size."""
+_PATIENCE: Final = 8
 """Neighbourhoods without progress after which a climb ends."""
 _CLIMBS: Final = 2
 """Starts that are improved, the best first."""
@@ -60,6 +63,8 @@ class LatencySearch:
         self._replicas = terms.replicas
         self._stages = chain.problem.maximum_stages
         self._exactly = terms.stage_count is not None
+        cells = (self._stages + 1) * (chain.units + 1)
+        self._neighbourhood = max(_LEAST_NEIGHBOURS, min(_NEIGHBOURS, _CELLS // cells))
         self._work = _WORK
         self._forward, self._backward = self._directions()
 
@@ -108,10 +113,10 @@ class LatencySearch:
 
     def _neighbours(self, order: Integers) -> tuple[Integers, Integers]:
         """Orders with two nodes exchanged, or none, by row; and the group that one of the two is in."""
-        groups, rows = len(order) // self._replicas, np.arange(_NEIGHBOURS)
-        one = self._random.randint(0, groups * self._replicas, _NEIGHBOURS)
-        other = self._random.randint(0, len(order), _NEIGHBOURS)
-        orders = np.repeat(order[None, :], _NEIGHBOURS, axis=0)
+        groups, rows = len(order) // self._replicas, np.arange(self._neighbourhood)
+        one = self._random.randint(0, groups * self._replicas, self._neighbourhood)
+        other = self._random.randint(0, len(order), self._neighbourhood)
+        orders = np.repeat(order[None, :], self._neighbourhood, axis=0)
         orders[rows, one], orders[rows, other] = order[other], order[one]
         return orders, one // self._replicas
 
@@ -182,7 +187,8 @@ class LatencySearch:
             beyond = _least(opened - rising, side.at_all[groups].max(axis=1), since)
             kept = side.kept[groups].min(axis=1)[:, None]
             best = np.minimum(best, beyond + rising - kept)
-        return np.minimum(best + prefix, NEVER)
+        reached: Integers = np.minimum(best + prefix, NEVER)
+        return reached
 
     def _directions(self) -> tuple[_Direction, _Direction]:
         chain, n = self._chain, self._chain.units

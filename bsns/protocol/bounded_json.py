@@ -1,9 +1,9 @@
 """JSON from strangers, parsed without letting its nesting decide how deep the parser recurses.
 
 Owns the one way in which this package parses JSON that it did not write. Promises a ValueError, never a crash: the
-parser of the standard library recurses in C and relies on the interpreter's recursion limit, which a dependency (py_ecc)
-raises on import beyond what the stack holds, so that a few kilobytes of brackets would end the process. Does not limit
-the length of a document; callers do.
+parser of the standard library recurses in C and relies on the interpreter's recursion limit, which a dependency
+(py_ecc) raises on import beyond what the stack holds, so that a few kilobytes of brackets would end the process. Does
+not limit the length of a document; callers do.
 """
 
 from __future__ import annotations

@@ -88,3 +88,15 @@ def test_plan_of_a_model_with_more_units_than_are_planned_is_refused(monkeypatch
     monkeypatch.setattr(published, "MAXIMUM_UNITS", len(_MANIFEST.units) - 1)
     with pytest.raises(PlanningError, match="6 units, at most 5"):
         plan_of_record(_record(_node(0, 1)), _MANIFEST)
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+def test_plan_over_nodes_that_claim_endless_memory_is_the_plan_for_enough_of_it(objective: str) -> None:
+    plans = [
+        plan_of_record(
+            _record(*(_node(number, 10**4 + number, memory=memory) for number in range(6)), objective=objective),
+            _MANIFEST,
+        )
+        for memory in (2**62, _WHOLE)
+    ]
+    assert plans[0].to_shard_plan() == plans[1].to_shard_plan()

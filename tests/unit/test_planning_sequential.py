@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -101,6 +102,56 @@ def test_solve_a_fleet_of_32_comes_close_to_its_bound() -> None:
     assert sequential.solve(Problem(graph, nodes, all_links(nodes, 2), terms=terms)).ratio > 0.9
     uniform = Problem(graph, nodes, Links(Link(1_000, 10**9)), terms=terms)
     assert sequential.solve(uniform).ratio > 0.98
+
+
+@pytest.mark.parametrize("terms", [Terms(), Terms(stage_count=4), Terms(replicas=2), Terms(replicas=2, stage_count=3)])
+def test_solve_latency_by_search_is_mostly_the_optimum_and_never_far_from_it(terms: Terms) -> None:
+    terms = replace(terms, spread_leftover=False)
+    graph = manifest_graph(20)
+    ratios = []
+    for seed in range(8):
+        nodes = fleet(graph, 6 + seed % 2, seed, room=1.8 * terms.replicas)
+        problem = Problem(graph, nodes, all_links(nodes, seed), Objective.LATENCY, terms)
+        try:
+            exact = sequential.solve(problem)
+        except PlanningError:
+            continue
+        found = sequential.solve(problem, exact_work=0)
+        assert "exact" in exact.solver
+        assert "exact" not in found.solver
+        assert found.lower_bound_ns <= exact.value_ns <= found.value_ns
+        assert {len(stage.nodes) for stage in found.stages} == {terms.replicas}
+        assert terms.stage_count in (None, len(found.stages))
+        ratios.append(found.value_ns / exact.value_ns)
+    assert len(ratios) >= 4
+    assert sum(ratio == 1 for ratio in ratios) >= len(ratios) * 3 / 4
+    assert max(ratios) <= 1.03
+
+
+@pytest.mark.parametrize(("terms", "least"), [(Terms(), 0.95), (Terms(stage_count=12), 0.9), (Terms(replicas=2), 0.7)])
+def test_solve_latency_on_a_large_fleet_comes_close_to_its_bound(terms: Terms, least: float) -> None:
+    terms = replace(terms, spread_leftover=False)
+    graph = manifest_graph(62)
+    for seed in (1, 2):
+        nodes = fleet(graph, 16, seed, room=1.6 * terms.replicas)
+        problem = Problem(graph, nodes, all_links(nodes, seed), Objective.LATENCY, terms)
+        found = sequential.solve(problem)
+        assert least <= found.ratio <= 1
+        assert found == sequential.solve(problem)
+        recursion = sequential.recursion(problem)
+        assert recursion is None or found.value_ns < recursion.value_ns
+
+
+def test_solve_latency_of_nodes_that_stream_takes_streaming_where_a_transfer_costs_more() -> None:
+    graph = manifest_graph(10)
+    fast = replace(_node(1, 0, 4.0), memory_bytes=1, host_bytes_per_second=10**12)
+    others = tuple(_node(number, 2**40, 1.0) for number in (2, 3))
+    for latency, alone in ((10**9, True), (1, False)):
+        host = fast if alone else replace(fast, host_bytes_per_second=1)
+        problem = Problem(graph, (host, *others), Links(Link(latency, 10**12)), Objective.LATENCY)
+        found = sequential.solve(problem, exact_work=0)
+        assert found.value_ns == sequential.solve(problem).value_ns
+        assert (host in found.stages[0].nodes) == alone
 
 
 def test_solve_with_a_deadline_that_is_over_still_gives_a_plan() -> None:
