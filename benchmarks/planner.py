@@ -27,8 +27,26 @@ def graphs(seed: int) -> list[Figure]:
     count = len(ratios)
     note = f"geomean of bound / found over all instances with k = {planner_graphs.GOAL_STAGES}"
     figures = [
-        Figure("graphs: bound / found", found["geomean"], "ratio", min(ratios), max(ratios), count, f">= {planner_graphs.GOAL}", note),
-        Figure("graphs: simple bound / found", found["geomean_simple_bound"], "ratio", min(simple), max(simple), count, None, note),
+        Figure(
+            "graphs: bound / found",
+            found["geomean"],
+            "ratio",
+            min(ratios),
+            max(ratios),
+            count,
+            f">= {planner_graphs.GOAL}",
+            note,
+        ),
+        Figure(
+            "graphs: simple bound / found",
+            found["geomean_simple_bound"],
+            "ratio",
+            min(simple),
+            max(simple),
+            count,
+            None,
+            note,
+        ),
     ]
     for name, group in found["by_regime"].items():
         low, count, note = group["worst"], group["instances"], f"{group['proven_optimal']} proven optimal"

@@ -128,7 +128,7 @@ def test_solve_latency_by_search_is_mostly_the_optimum_and_never_far_from_it(ter
     assert max(ratios) <= 1.03
 
 
-@pytest.mark.parametrize(("terms", "least"), [(Terms(), 0.95), (Terms(stage_count=12), 0.9), (Terms(replicas=2), 0.7)])
+@pytest.mark.parametrize(("terms", "least"), [(Terms(), 0.95), (Terms(stage_count=12), 0.9), (Terms(replicas=2), 0.6)])
 def test_solve_latency_on_a_large_fleet_comes_close_to_its_bound(terms: Terms, least: float) -> None:
     terms = replace(terms, spread_leftover=False)
     graph = manifest_graph(62)
