@@ -155,7 +155,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """One stage: positions [first, end) of the partition's order on every one of `nodes`.
+    """One stage: positions [first, end) of the partition's order on every one of `nodes`, the fastest first.
 
     The four parts are those of its slowest replica, in nanoseconds for one row. `effective_ns` is what the stage counts
     in the objective (module docstring).
@@ -507,11 +507,13 @@ def evaluate(
             counted = receive + compute + overflow + (send if problem.objective is Objective.THROUGHPUT else 0)
             replicas.append((counted, compute, overflow))
         _, compute, overflow = max(replicas)
+        # Fastest first: whoever must choose between idle replicas takes the first.
+        ranked = sorted(zip(replicas, nodes, strict=True), key=lambda item: (item[0], item[1].node))
         planned.append(
             PlannedStage(
                 first=first,
                 end=end,
-                nodes=tuple(nodes),
+                nodes=tuple(node for _, node in ranked),
                 receive_ns=receive,
                 compute_ns=compute,
                 overflow_ns=overflow,

@@ -83,12 +83,25 @@ def test_node_that_does_not_read_is_given_up_when_its_queue_is_full() -> None:
     assert not pool.tell("a", message)
 
 
-def test_route_takes_the_least_loaded_replica_and_breaks_ties_by_address() -> None:
+def test_route_takes_the_least_loaded_replica_and_of_equals_the_first() -> None:
     plan = _plan(3, 1)
+    # The first replica has the highest address: planners put the fastest first.
+    turned = [plan.assignments[2].node, plan.assignments[1].node, plan.assignments[0].node, plan.assignments[3].node]
+    plan = dataclasses.replace(
+        plan,
+        assignments=tuple(
+            dataclasses.replace(item, node=node) for item, node in zip(plan.assignments, turned, strict=True)
+        ),
+    )
     able = {_node(number) for number in (1, 2, 3, 4)}
-    route = choose_route(plan, able, {_node(1): 2, _node(2): 1, _node(3): 1})
-    assert route is not None
-    assert [item.node for item in route] == [_node(2), _node(4)]
+    for load, first in (
+        ({}, 3),
+        ({_node(3): 2, _node(2): 1, _node(1): 1}, 2),
+        ({_node(3): 2, _node(2): 1}, 1),
+    ):
+        route = choose_route(plan, able, load)
+        assert route is not None
+        assert [item.node for item in route] == [_node(first), _node(4)]
     assert choose_route(plan, able - {_node(4)}, {}) is None
 
 

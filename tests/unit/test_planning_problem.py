@@ -90,6 +90,7 @@ def test_evaluate_replicas_share_requests_for_throughput_and_wait_for_the_slowes
     nodes = (A, slow)
     found = cost(Problem(chain(2), nodes, Links(None)), (0, 2, nodes))
     assert found.stages[0].cost_ns == 60
+    assert cost(Problem(chain(2), nodes, Links(None)), (0, 2, (slow, A))).stages[0].nodes == (A, slow)
     assert found.value_ns == 15  # 1 / (1/20 + 1/60)
     assert cost(Problem(chain(2), nodes, Links(None), Objective.LATENCY), (0, 2, nodes)).value_ns == 60
 
