@@ -147,7 +147,7 @@ def test_solve_latency_of_nodes_that_stream_takes_streaming_where_a_transfer_cos
     fast = replace(_node(1, 0, 4.0), memory_bytes=1, host_bytes_per_second=10**12)
     others = tuple(_node(number, 2**40, 1.0) for number in (2, 3))
     for latency, alone in ((10**9, True), (1, False)):
-        host = fast if alone else replace(fast, host_bytes_per_second=1)
+        host = fast if alone else replace(fast, host_bytes_per_second=1_000)
         problem = Problem(graph, (host, *others), Links(Link(latency, 10**12)), Objective.LATENCY)
         found = sequential.solve(problem, exact_work=0)
         assert found.value_ns == sequential.solve(problem).value_ns
