@@ -225,7 +225,8 @@ class _Programme:
             integrality=np.array(self._whole, dtype=np.int64),
             bounds=Bounds(0, np.array(self._upper)),
             constraints=LinearConstraint(matrix, np.array([least for _, _, least in self._rows]), np.inf),
-            options={"time_limit": time_limit_s, "mip_rel_gap": 1e-6},
+            # HiGHS loses solutions on the way back from its presolved problem, and then answers with a worse one.
+            options={"time_limit": time_limit_s, "mip_rel_gap": 1e-6, "presolve": False},
         )
         found = self._partition(result.x) if result.x is not None else None
         if found is not None and (known is None or found.value_ns < known.value_ns):
