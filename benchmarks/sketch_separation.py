@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from benchmarks import sketch_separation_vision
 from bsns.protocol.sketch import TOLERANCES, SketchTolerance, StageSketch, distance, fingerprint_distance
 from bsns.requester.chat_tokenizer import ChatTokenizer
-from bsns.runtime.executor import StageExecutor, StepInput, reexecute
+from bsns.runtime.decoder_executor import StageExecutor
+from bsns.runtime.executor import StepInput, reexecute
 from bsns.runtime.prepare import prepare
 from bsns.runtime.weight_store import WeightStore
 

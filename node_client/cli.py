@@ -72,6 +72,10 @@ Advertise = Annotated[str | None, typer.Option("--advertise", help="host:port to
 CoordinatorAddress = Annotated[str | None, typer.Option("--coordinator", help="host:port of a coordinator")]
 ModelCache = Annotated[Path | None, typer.Option("--model-cache", help="folder that holds models/")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="threads of a forward pass")]
+Device = Annotated[str | None, typer.Option("--device", help="where torch computes: cpu, cuda or cuda:1")]
+Arithmetic = Annotated[
+    str | None, typer.Option("--arithmetic", help="of decoders' matrices: float32, bfloat16 or int8 (8-bit weights)")
+]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="show the effective settings and end")]
 
 
@@ -86,6 +90,8 @@ def join(
     coordinator: CoordinatorAddress = None,
     model_cache: ModelCache = None,
     threads: Threads = None,
+    device: Device = None,
+    arithmetic: Arithmetic = None,
     password_file: PasswordFile = None,
     operator_key_file: OperatorKeyFile = None,
     config: Config = None,
@@ -96,7 +102,8 @@ def join(
         _settings(
             config,
             rpc_url=rpc, deployment=deployment, data_dir=data_dir, listen=listen, advertise=advertise,
-            coordinator=coordinator, model_cache=model_cache, threads=threads, password_file=password_file,
+            coordinator=coordinator, model_cache=model_cache, threads=threads, device=device, arithmetic=arithmetic,
+            password_file=password_file,
             operator_key_file=operator_key_file, stake_wei=None if stake is None else _wei(stake),
         ),
         print_config,
@@ -114,6 +121,8 @@ def serve(
     coordinator: CoordinatorAddress = None,
     model_cache: ModelCache = None,
     threads: Threads = None,
+    device: Device = None,
+    arithmetic: Arithmetic = None,
     password_file: PasswordFile = None,
     config: Config = None,
     print_config: PrintConfig = False,
@@ -123,7 +132,8 @@ def serve(
         _settings(
             config,
             rpc_url=rpc, deployment=deployment, data_dir=data_dir, listen=listen, advertise=advertise,
-            coordinator=coordinator, model_cache=model_cache, threads=threads, password_file=password_file,
+            coordinator=coordinator, model_cache=model_cache, threads=threads, device=device, arithmetic=arithmetic,
+            password_file=password_file,
         ),
         print_config,
         register=False,

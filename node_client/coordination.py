@@ -262,7 +262,7 @@ class Coordination:
         for item in own:
             # Loads and checks the weights now: a plan in effect must find them here.
             executor = await self._runtime.executor(model, item.first_unit, item.end_unit)
-            self._runtime.release(model, item.first_unit, item.end_unit)
+            self._runtime.release(executor)
             if execution_class_id(executor.execution_class) != item.execution_class:
                 raise PlanRefusedError(f"the plan asks for another execution class than {executor.execution_class}")
         digest = signing_digest(

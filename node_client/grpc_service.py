@@ -78,7 +78,10 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
                     model,
                     request.first_unit,
                     request.end_unit,
-                    lambda done, total: (loop.call_soon_threadsafe(progress.put_nowait, (done, total)), None)[1],
+                    progress=lambda done, total: (
+                        loop.call_soon_threadsafe(progress.put_nowait, (done, total)),
+                        None,
+                    )[1],
                 )
             )
             try:
@@ -96,12 +99,10 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
                 if not task.done():
                     task.add_done_callback(
                         lambda loaded: (
-                            None
-                            if loaded.cancelled() or loaded.exception()
-                            else self._runtime.release(model, request.first_unit, request.end_unit)
+                            None if loaded.cancelled() or loaded.exception() else self._runtime.release(loaded.result())
                         )
                     )
-            self._runtime.release(model, request.first_unit, request.end_unit)
+            self._runtime.release(executor)
             total = weight_bytes(executor.manifest, request.first_unit, request.end_unit)
             yield execution_pb2.PrepareShardResponse(bytes_done=total, bytes_total=total, ready=True)
         except Exception as error:

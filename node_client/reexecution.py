@@ -267,7 +267,9 @@ class Reexecution:
 
     async def _execute(self, case: _Case, stage: int, model: ModelId, fetched: FetchedEvidence) -> StageResult:
         served = case.route[stage]
-        executor = await self._runtime.executor(model, served.first_unit, served.end_unit)
+        executor = await self._runtime.executor(
+            model, served.first_unit, served.end_unit, execution_class=served.execution_class
+        )
         try:
             sketch = new_sketch(sketch_seed(case.request_id, stage), executor)
             head = holds_head(executor)
@@ -297,7 +299,7 @@ class Reexecution:
                 fetched.output_tokens if draws_hold else 0,
             )
         finally:
-            self._runtime.release(model, served.first_unit, served.end_unit)
+            self._runtime.release(executor)
 
     def _is_draw(self, logits: Rows, fetched: FetchedEvidence, number: int) -> bool:
         """Whether the token that the stage sent at step `number` is a draw from these logits.

@@ -187,7 +187,10 @@ class NodeService:
         runtime = ShardRuntime(
             settings.model_cache,
             threads=settings.threads,
+            device=settings.device,
+            arithmetic=settings.arithmetic,
             weight_memory_bytes=settings.weight_memory_bytes,
+            maximum_batch=settings.maximum_batch,
             executor_factory=self._factory,
         )
         stack.callback(runtime.close)

@@ -263,7 +263,7 @@ class SessionStore:
         if session.cache is not None:
             session.cache = None
             self._cache_used -= session.cache_bytes
-            self._runtime.release(session.model, session.executor.first_unit, session.executor.end_unit)
+            self._runtime.release(session.executor)
 
     def remove(self, session: Session) -> None:
         self.free_cache(session)
@@ -345,7 +345,7 @@ class SessionStore:
             self._evidence.open_stage(key[0], key[1], opening, int(self._clock()))
             self._cache_used += needed
         except BaseException:
-            self._runtime.release(model, own.first_unit, own.end_unit)
+            self._runtime.release(executor)
             raise
         return Session(
             request_id=key[0],

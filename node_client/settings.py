@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -72,6 +72,11 @@ class NodeSettings(BaseSettings):
 
     # Compute and memory
     threads: int = Field(default=1, ge=1, le=256)
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda)(:\d+)?$", description="where torch computes")
+    arithmetic: Literal["float32", "bfloat16", "int8"] = Field(
+        default="float32", description="how decoders' matrices are kept and multiplied; a plan promises it"
+    )
+    maximum_batch: int = Field(default=64, ge=1, le=1024, description="steps of different sessions that run together")
     weight_memory_bytes: int = Field(default=4 * 1024 * MIB, ge=1, description="executors kept in memory")
     cache_memory_bytes: int = Field(default=1024 * MIB, ge=1, description="KV caches of all sessions together")
     reexecution_rows: int = Field(

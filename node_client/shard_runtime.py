@@ -1,32 +1,30 @@
-"""The node's models and its one compute thread.
+"""The node's models, and what one step of a stage is.
 
-Owns finding models in the cache folder by their id on chain, executors built from them under a memory budget, and the
-thread in which every forward pass runs. Promises that torch never runs on the event loop; that of the jobs waiting,
-decode steps run before prompts and prompts before re-execution, so that committee work delays a live session by one
-piece at most; and that a failing job fails only its caller. Loading and hashing of weights has a thread of its own.
-Does not know sessions, peers or the chain.
+Owns finding models in the cache folder by their id on chain, executors built from them under a memory budget in the
+arithmetic that is asked for, and the way of a step from the bytes received to the bytes handed on. Promises that torch
+never runs on the event loop (`node_client.compute_thread` says in which order it runs) and that bytes which are not the
+tensor expected are refused before anything is computed from them. Loading and hashing of weights has a thread of its
+own. Does not know sessions' rules, peers or the chain.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
-import itertools
-import queue
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from bsns.protocol.commitments import content_digest, token_bytes
 from bsns.protocol.identifiers import ModelId, model_id
-from bsns.protocol.manifest import VALUE_BYTES, ManifestError, ModelManifest
+from bsns.protocol.manifest import EXPORTED, VALUE_BYTES, ManifestError, ModelManifest
+from bsns.protocol.plan import execution_class_id
 from bsns.protocol.sampling import SamplingError, SamplingParameters, draw
 from bsns.protocol.sketch import TOLERANCES, SketchError, StageSketch
 from bsns.runtime import activation_codec
@@ -40,31 +38,31 @@ from bsns.runtime.executor import (
     open_stage,
 )
 from bsns.runtime.profile import RuntimeProfile, measure
+from bsns.runtime.weight_formats import ARITHMETICS
 from bsns.runtime.weight_store import WeightStore, WeightStoreError
+from node_client.compute_thread import ComputeThread
 from node_client.errors import ErrorReason, Refusal
 
-Result = TypeVar("Result")
 Rows = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
-# Jobs waiting for the compute thread; each live session has at most one.
-_MAXIMUM_JOBS: Final = 4096
+_ExecutorKey = tuple[ModelId, int, int, str]
 _DEFAULT_TOLERANCE: Final = TOLERANCES["torch-cpu/float32/sdpa"]
-
-
-class Priority(enum.IntEnum):
-    """Lower runs first."""
-
-    DECODE = 0
-    PREFILL = 1
-    REEXECUTION = 2
 
 
 class ExecutorFactory(Protocol):
     """Builds the executor of a unit range; the default is `bsns.runtime.executor.open_stage`."""
 
     def __call__(
-        self, store: WeightStore, first_unit: int, end_unit: int, *, threads: int, progress: Progress | None
+        self,
+        store: WeightStore,
+        first_unit: int,
+        end_unit: int,
+        *,
+        threads: int,
+        device: str,
+        arithmetic: str,
+        progress: Progress | None,
     ) -> ShardExecutor: ...
 
 
@@ -83,61 +81,10 @@ class StepOutput:
     token: int | None
 
 
-class ComputeThread:
-    """One thread, jobs by priority then arrival."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue(_MAXIMUM_JOBS)
-        self._order = itertools.count()
-        # Daemon: a forward pass cannot be interrupted, and must not keep a process alive that was told to stop.
-        self._thread = threading.Thread(target=self._work, name="bsns-compute", daemon=True)
-        self._thread.start()
-
-    async def run(self, priority: Priority, function: Callable[[], Result]) -> Result:
-        """Result of `function()` in the compute thread. Refusal where too many jobs wait."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Result] = loop.create_future()
-
-        def deliver(result: Result | None, error: BaseException | None) -> None:
-            if future.cancelled():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)  # type: ignore[arg-type]
-
-        def job() -> None:
-            if future.cancelled():
-                return
-            try:
-                outcome: tuple[Result | None, BaseException | None] = (function(), None)
-            except BaseException as error:  # handed to the caller whole
-                outcome = (None, error)
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(deliver, *outcome)
-
-        try:
-            self._jobs.put_nowait((int(priority), next(self._order), job))
-        except queue.Full:
-            raise Refusal(
-                ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "too much work is waiting; try another node"
-            ) from None
-        return await future
-
-    def stop(self) -> None:
-        """Ends the thread after the jobs that wait."""
-        self._jobs.put((len(Priority), next(self._order), None))
-
-    def _work(self) -> None:
-        while True:
-            job = self._jobs.get()[2]
-            if job is None:
-                return
-            job()
-
-
 class ShardRuntime:
-    """Models, executors and the compute thread of one node."""
+    """Models, executors and the compute thread of one node. `arithmetic` is that of the stages it serves; a committee's
+    work is done in the arithmetic of the stage that is judged.
+    """
 
     def __init__(
         self,
@@ -145,15 +92,19 @@ class ShardRuntime:
         *,
         threads: int,
         weight_memory_bytes: int,
+        device: str = "cpu",
+        arithmetic: str = "float32",
+        maximum_batch: int = 64,
         executor_factory: ExecutorFactory = open_stage,
     ) -> None:
-        self.compute = ComputeThread()
+        self.compute = ComputeThread(maximum_batch)
         self._cache, self._threads, self._budget = cache, threads, weight_memory_bytes
+        self._device, self._arithmetic = device, arithmetic
         self._factory = executor_factory
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bsns-weights")
         self._stores: dict[ModelId, WeightStore] = {}
-        self._executors: OrderedDict[tuple[ModelId, int, int], ShardExecutor] = OrderedDict()
-        self._in_use: dict[tuple[ModelId, int, int], int] = {}
+        self._executors: OrderedDict[_ExecutorKey, ShardExecutor] = OrderedDict()
+        self._in_use: dict[int, int] = {}
         self._loading = asyncio.Lock()
 
     def close(self) -> None:
@@ -183,13 +134,20 @@ class ShardRuntime:
         return found
 
     async def executor(
-        self, model: ModelId, first_unit: int, end_unit: int, progress: Progress | None = None
+        self,
+        model: ModelId,
+        first_unit: int,
+        end_unit: int,
+        *,
+        execution_class: bytes | None = None,
+        progress: Progress | None = None,
     ) -> ShardExecutor:
         """The executor of a unit range, built and checked at the first call. Release it with `release`.
 
-        Refusal for a range the model does not have, weights that do not match the chain, or a full memory budget.
+        `execution_class` is the id of the class that it must run in; None: the node's own. Refusal for a range the
+        model does not have, a class that this node cannot run, weights that do not match the chain, or a full memory
+        budget.
         """
-        key = (model, first_unit, end_unit)
         async with self._loading:
             store = self.store(model)
             if not 0 <= first_unit < end_unit <= len(store.manifest.units):
@@ -197,32 +155,64 @@ class ShardRuntime:
                     ErrorReason.ERROR_REASON_WRONG_PLAN,
                     f"units [{first_unit}, {end_unit}) are not a range of a model of {len(store.manifest.units)} units",
                 )
+            arithmetic = self._own_arithmetic(store.manifest)
+            if execution_class is not None:
+                arithmetic = self._arithmetic_of(execution_class, store.manifest)
+            key = (model, first_unit, end_unit, arithmetic)
             if key not in self._executors:
                 self._make_room(weight_bytes(store.manifest, first_unit, end_unit))
                 loop = asyncio.get_running_loop()
                 try:
                     self._executors[key] = await loop.run_in_executor(
                         self._loader,
-                        lambda: self._factory(store, first_unit, end_unit, threads=self._threads, progress=progress),
+                        lambda: self._factory(
+                            store,
+                            first_unit,
+                            end_unit,
+                            threads=self._threads,
+                            device=self._device,
+                            arithmetic=arithmetic,
+                            progress=progress,
+                        ),
                     )
                 except (WeightStoreError, ExecutionError) as error:
                     raise Refusal(ErrorReason.ERROR_REASON_WEIGHTS_UNAVAILABLE, str(error)) from error
             self._executors.move_to_end(key)
-            self._in_use[key] = self._in_use.get(key, 0) + 1
-            return self._executors[key]
+            executor = self._executors[key]
+            self._in_use[id(executor)] = self._in_use.get(id(executor), 0) + 1
+            return executor
 
-    def release(self, model: ModelId, first_unit: int, end_unit: int) -> None:
+    def release(self, executor: ShardExecutor) -> None:
         """The caller of `executor` is done with it; it stays in memory until its room is needed."""
-        key = (model, first_unit, end_unit)
+        key = id(executor)
         self._in_use[key] -= 1
         if not self._in_use[key]:
             del self._in_use[key]
 
+    def _own_arithmetic(self, manifest: ModelManifest) -> str:
+        # A captured program has one arithmetic, whatever the node's decoders run in.
+        return "float32" if manifest.architecture == EXPORTED else self._arithmetic
+
+    def _arithmetic_of(self, execution_class: bytes, manifest: ModelManifest) -> str:
+        """The arithmetic of a class that this node can run for the model."""
+        kernel = "aten" if manifest.architecture == EXPORTED else "sdpa"
+        for arithmetic in ARITHMETICS:
+            if execution_class_id(f"torch-{self._device}/{arithmetic}/{kernel}") == execution_class:
+                return arithmetic
+        raise Refusal(
+            ErrorReason.ERROR_REASON_WEIGHTS_UNAVAILABLE,
+            f"execution class 0x{execution_class.hex()} is none of torch-{self._device}/{ARITHMETICS}/{kernel}, which "
+            "this node can run",
+        )
+
     async def measure(self, model: ModelId, seconds: float) -> RuntimeProfile:
         """Times each unit kind of a model; between sessions, never during a step."""
         store = self.store(model)
+        arithmetic = self._own_arithmetic(store.manifest)
         return await self.compute.run(
-            Priority.REEXECUTION, lambda: measure(store, threads=self._threads, time_limit=seconds)
+            lambda: measure(
+                store, threads=self._threads, device=self._device, arithmetic=arithmetic, time_limit=seconds
+            )
         )
 
     async def step(
@@ -240,12 +230,10 @@ class ShardRuntime:
         before.
         """
 
-        def run() -> StepOutput:
-            inputs = decode_input(executor, data, rows)
-            output = executor.forward(session, inputs, position=position)
+        def finish(outputs: list[torch.Tensor]) -> StepOutput:
+            output = outputs[-1] if holds_head(executor) or len(outputs) == 1 else torch.cat(outputs)
             sketched: Rows = output.detach().cpu().numpy().astype(np.float32, copy=False)
             if not np.isfinite(sketched).all():
-                session.truncate(position)
                 raise Refusal(
                     ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
                     "the step gives NaN or infinity: the activations received are not those of the model",
@@ -259,7 +247,14 @@ class ShardRuntime:
             return StepOutput(payload, content_digest(payload), sketched, token)
 
         try:
-            return await self.compute.run(Priority.PREFILL if step == 0 else Priority.DECODE, run)
+            return await self.compute.step(
+                executor,
+                session,
+                position=position,
+                rows=rows,
+                prepare=lambda: decode_input(executor, data, rows),
+                finish=finish,
+            )
         except ActivationError as error:
             raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, str(error)) from error
         except (ExecutionError, SamplingError) as error:
@@ -293,8 +288,8 @@ class ShardRuntime:
             return True
 
         try:
-            outputs = await self.compute.run(Priority.REEXECUTION, begin)
-            while await self.compute.run(Priority.REEXECUTION, lambda: advance(outputs)):
+            outputs = await self.compute.run(begin)
+            while await self.compute.run(lambda: advance(outputs)):
                 pass
         except (ActivationError, ExecutionError, SketchError) as error:
             raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, str(error)) from error
@@ -306,7 +301,7 @@ class ShardRuntime:
                 f"the units take {needed} bytes, weight_memory_bytes is {self._budget}",
             )
         while needed > self._budget - self._held():
-            idle = next((key for key in self._executors if key not in self._in_use), None)
+            idle = next((key for key, held in self._executors.items() if id(held) not in self._in_use), None)
             if idle is None:
                 raise Refusal(
                     ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED,
@@ -315,7 +310,7 @@ class ShardRuntime:
             del self._executors[idle]
 
     def _held(self) -> int:
-        return sum(weight_bytes(self._stores[model].manifest, first, end) for model, first, end in self._executors)
+        return sum(executor.memory_bytes for executor in self._executors.values())
 
 
 def identity(manifest: ModelManifest) -> ModelId:

@@ -65,6 +65,15 @@ class DecoderShape:
 
 
 @dataclass(frozen=True, slots=True)
+class RotaryBlockStyle:
+    """A family's blocks are those of `bsns.runtime.decoder_blocks.RotaryBlock`, with the tensor names of Llama.
+    `norm_offset` is added to the weights of their norms.
+    """
+
+    norm_offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderFamily:
     """One architecture of transformers, by its `model_type`.
 
@@ -72,7 +81,8 @@ class DecoderFamily:
     this release does not compute what they ask for. `embedding`, `positions` (a learned table, else None), `block`
     ({} stands for the number) and `norm`: where a model's tensors are; a block's and a norm's are prefixes.
     `feed_forward_values`: see `DecoderShape`. `embedding_scale`: what embedded rows are multiplied with. `experts`: the
-    fields that say how many of a block's experts a row goes through, and of how many.
+    fields that say how many of a block's experts a row goes through, and of how many. `rotary_block`: None where
+    transformers' own layer runs.
     """
 
     model_type: str
@@ -89,6 +99,7 @@ class DecoderFamily:
     embedding_scale: Callable[[Any], float] | None = None
     experts: tuple[str, str] | None = None
     cache_argument: str = "past_key_values"
+    rotary_block: RotaryBlockStyle | None = None
 
     def kept_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a configuration (as transformers' `to_dict()` gives it) that decide what is computed; all
@@ -228,6 +239,7 @@ _FAMILIES: Final = {
             class_prefix="Llama",
             config_fields=(*_LLAMA_FIELDS, "attention_bias", "mlp_bias"),
             feed_forward_values=_gated,
+            rotary_block=RotaryBlockStyle(),
         ),
         DecoderFamily(
             model_type="gpt2",
@@ -269,6 +281,7 @@ _FAMILIES: Final = {
             config_fields=_LLAMA_FIELDS,
             without=("use_sliding_window",),
             feed_forward_values=_gated,
+            rotary_block=RotaryBlockStyle(),
         ),
         DecoderFamily(
             model_type="gemma",
@@ -277,6 +290,7 @@ _FAMILIES: Final = {
             without=("use_bidirectional_attention",),
             feed_forward_values=_gated,
             embedding_scale=lambda config: config.hidden_size**0.5,
+            rotary_block=RotaryBlockStyle(norm_offset=1.0),
         ),
         DecoderFamily(
             model_type="mixtral",

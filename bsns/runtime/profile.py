@@ -34,7 +34,14 @@ class RuntimeProfile:
     timings: tuple[UnitTiming, ...]
 
 
-def measure(store: WeightStore, *, threads: int = 1, device: str = "cpu", time_limit: float = 1.5) -> RuntimeProfile:
+def measure(
+    store: WeightStore,
+    *,
+    threads: int = 1,
+    device: str = "cpu",
+    arithmetic: str = "float32",
+    time_limit: float = 1.5,
+) -> RuntimeProfile:
     """Times a unit of each timing key of the model, as `UnitTiming` defines it; what is left of `time_limit` seconds is
     shared equally among what is still to be timed.
 
@@ -51,7 +58,7 @@ def measure(store: WeightStore, *, threads: int = 1, device: str = "cpu", time_l
     seconds_left = time_limit
     timings, execution_class = [], ""
     for key, (first, end) in ranges.items():
-        executor = open_stage(store, first, end, threads=threads, device=device)
+        executor = open_stage(store, first, end, threads=threads, device=device, arithmetic=arithmetic)
         execution_class = executor.execution_class
         taken: dict[tuple[int, int, int], float] = {}
         for step in distinct:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bsns.protocol.manifest import EXPORTED, ModelManifest
-from bsns.runtime.executor import ContextLimitError, ExecutionError, StageSession
+from bsns.runtime.executor import BatchStep, ContextLimitError, ExecutionError, StageSession, forward_each
 from bsns.runtime.program import BATCH, Program, ProgramError, ProgramSlice
 from bsns.runtime.weight_store import WeightStore
 
@@ -80,6 +80,7 @@ class ProgramExecutor:
             )
         self._manifest, self._first_unit, self._end_unit = manifest, first_unit, end_unit
         self._threads, self._device = threads, torch.device(device)
+        self.memory_bytes = sum(unit.size_bytes for unit in manifest.units[first_unit:end_unit])
         try:
             program = _parsed(store.read_file(PROGRAM_FILE))
         except ProgramError as error:
@@ -186,6 +187,10 @@ class ProgramExecutor:
         session.advance()
         joined = torch.cat([outputs[name].reshape(-1) for name in self._given]).unsqueeze(0).cpu()
         return joined if not is_last or logit_rows is None else joined[list(logit_rows)]
+
+    def forward_batch(self, steps: Sequence[BatchStep]) -> list[Tensor | Exception]:
+        """The steps one by one: a program may have been captured for one row only."""
+        return forward_each(self, steps)
 
     def rehearsal(self, *, batch: int, rows: int, past: int) -> Callable[[], None]:
         """A closure that runs the stage once on a random batch of `batch` rows, for profiling. A model without a cache

@@ -16,7 +16,8 @@ from bsns.protocol.identifiers import ZERO_HASH, RequestId
 from bsns.protocol.sampling import SamplingParameters
 from bsns.runtime import activation_codec
 from bsns.runtime.activation_codec import TensorEncoding
-from bsns.runtime.executor import StageExecutor, open_stage
+from bsns.runtime.decoder_executor import StageExecutor
+from bsns.runtime.executor import forward_each, open_stage
 from bsns.runtime.weight_store import WeightStore
 from bsns.v1 import common_pb2, execution_pb2
 from node_client.evidence_store import EvidenceStore, StageResult
@@ -157,13 +158,16 @@ class LyingExecutor:
     def forward(self, session: Any, inputs: Any, *, position: int, logit_rows: Any = None) -> Any:
         return self._honest.forward(session, inputs, position=position, logit_rows=logit_rows) * 1.01 + 0.02
 
+    def forward_batch(self, steps: Any) -> Any:
+        return forward_each(self, steps)  # type: ignore[arg-type]
+
 
 async def test_executor_that_hands_on_other_activations_is_far_from_what_the_committee_attests(tmp_path: Path) -> None:
     async with running_network(tmp_path) as network:
         readies = [(await network.start_node(name))[1] for name in ("a", "c")]
 
-        def lying(store: Any, first: int, end: int, *, threads: int, progress: Any) -> Any:
-            return LyingExecutor(open_stage(store, first, end, threads=threads, progress=progress))
+        def lying(store: Any, first: int, end: int, **options: Any) -> Any:
+            return LyingExecutor(open_stage(store, first, end, **options))
 
         readies.append((await network.start_node("b", executor_factory=lying))[1])
         await network.until_active(*(ready.node for ready in readies))

@@ -18,8 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.model_graph import ModelGraph
-from bsns.runtime.executor import ContextLimitError, ExecutionError, StageExecutor, open_stage
+from bsns.runtime.decoder_blocks import LayerBlock
+from bsns.runtime.decoder_executor import StageExecutor
+from bsns.runtime.executor import ContextLimitError, ExecutionError, open_stage
 from bsns.runtime.prepare import PreparationError, prepare, write_decoder
+from bsns.runtime.ragged_attention import DecoderSession, RaggedBatch
 from bsns.runtime.weight_store import WeightStore
 from tests.unit.runtime_models import greedy, imported, silent, tiny_llama, tiny_source
 
@@ -151,8 +154,9 @@ def test_cache_bytes_are_those_of_the_tensors(prepared: Prepared) -> None:
     (stage,) = prepared.stages((1, UNITS - 1))
     session = stage.new_session(20)
     stage.forward(session, torch.zeros(5, 32), position=0)
-    layers = session.cache.layers  # type: ignore[attr-defined]
-    assert session.cache_bytes == sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+    assert isinstance(session, DecoderSession)
+    assert session.cache_bytes_limit == session.keys.nbytes + session.values.nbytes
+    assert session.cache_bytes == session.cache_bytes_limit // 4
 
 
 # ------------------------------------------------------------------------------------------------------------ the costs
@@ -190,10 +194,12 @@ def test_peak_bytes_bound_what_one_row_really_takes(prepared: Prepared) -> None:
         (stage,) = prepared.stages((unit.index, unit.index + 1))
         session = stage.new_session(rows)
         inputs = torch.arange(rows) if unit.index == 0 else torch.randn(rows, 32)
-        weights = [parameter for block in stage._blocks for parameter in block.parameters()]
-        with LiveBytes(inputs, *weights) as live:
+        assert isinstance(session, DecoderSession)
+        layers = [block._module for block in stage._blocks if isinstance(block, LayerBlock)]
+        weights = [parameter for layer in layers for parameter in layer.parameters()]
+        with LiveBytes(inputs, session.keys, session.values, *weights) as live:
             stage.forward(session, inputs, position=0, logit_rows=range(rows))
-        measured = (live.most - session.cache_bytes + inputs.nbytes) / rows
+        measured = (live.most + inputs.nbytes) / rows
         assert measured <= unit.peak_bytes <= 3 * measured, unit.name
 
 
@@ -226,19 +232,20 @@ def test_model_graph_of_a_decoder_is_the_chain_of_its_units(prepared: Prepared) 
 @pytest.mark.parametrize(("batch", "rows", "past"), [(1, 1, 20), (8, 1, 20), (8, 16, 0), (2, 4, 3)])
 def test_rehearsal_runs_whole_batch_and_leaves_no_state(prepared: Prepared, batch: int, rows: int, past: int) -> None:
     for stage in prepared.stages((0, 2, UNITS)):
-        seen: list[tuple[Any, ...]] = []
+        block, seen = stage._blocks[0], []
+        forward = block.forward
 
-        def note(module: Any, arguments: Any, keywords: Any, output: Tensor, seen: list[Any] = seen) -> None:
-            cache = keywords.get("layer_past") or keywords["past_key_values"]
-            seen.append((tuple(arguments[0].shape), tuple(cache.layers[0].keys.shape[::2]), output.sum().item()))
+        def noted(hidden: Tensor, rotation: Any, ragged: RaggedBatch, number: int) -> Tensor:
+            output: Tensor = forward(hidden, rotation, ragged, number)  # noqa: B023
+            seen.append((len(hidden), [item.position for item in ragged.segments], output.sum().item()))  # noqa: B023
+            return output
 
+        block.forward = noted  # type: ignore[method-assign]
         step = stage.rehearsal(batch=batch, rows=rows, past=past)
-        stage._blocks[0].register_forward_hook(note, with_kwargs=True)
         for _ in range(3):
             step()
-        assert len(set(seen)) == 1
-        assert seen[0][:2] == ((batch, rows, 32), (batch, past + rows))
-        assert len(seen) == 3
+        assert seen == seen[:1] * 3
+        assert seen[0][:2] == (batch * rows, [past] * batch)
 
 
 def test_rehearsal_outside_the_context_or_empty_is_refused(prepared: Prepared) -> None:

@@ -17,12 +17,20 @@ from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.sampling import SamplingParameters
 from bsns.protocol.sketch import SketchError
 from bsns.runtime.activation_codec import ActivationError, TensorEncoding
+from bsns.runtime.executor import BatchStep, forward_each
 from bsns.v1 import common_pb2
 from node_client.errors import ErrorReason, Refusal
 from node_client.evidence_store import InputOpening
 from node_client.session_store import Session
 from node_client.shard_runtime import ShardRuntime, decode_input, input_bytes, input_encoding, new_sketch
 from tests.unit.shape_manifests import TEXT, VISION
+
+
+class _NewSession:
+    position = cache_bytes = cache_bytes_limit = 0
+
+    def truncate(self, position: int) -> None:
+        raise AssertionError(f"nothing was executed that could be taken back to {position}")
 
 
 class _Stage:
@@ -32,6 +40,9 @@ class _Stage:
 
     def __init__(self, manifest: ModelManifest, first: int, end: int) -> None:
         self.manifest, self.first_unit, self.end_unit = manifest, first, end
+
+    def forward_batch(self, steps: Sequence[BatchStep]) -> list[Tensor | Exception]:
+        return forward_each(self, steps)  # type: ignore[arg-type]
 
     def new_session(self, max_tokens: int) -> Any:
         raise AssertionError(f"a session of {max_tokens} is not needed here")
@@ -99,19 +110,23 @@ async def test_step_of_inner_stage_gives_its_rows_and_of_the_last_a_class(tmp_pa
     try:
         row = np.ones((1, 12), "<f4").tobytes()
         greedy = SamplingParameters(maximum_tokens=1)
-        inner = await runtime.step(_Stage(VISION, 0, 1), None, row, rows=1, position=0, step=0, sampling=greedy)  # type: ignore[arg-type]
+        inner = await runtime.step(
+            _Stage(VISION, 0, 1), _NewSession(), row, rows=1, position=0, step=0, sampling=greedy
+        )  # type: ignore[arg-type]
         expected = (12 + np.arange(20)).astype("<f4")
         assert inner.payload == expected.tobytes()
         assert inner.token is None
         last = await runtime.step(
-            _Stage(VISION, 1, 3), None, inner.payload, rows=1, position=0, step=0, sampling=greedy  # type: ignore[arg-type]
+            _Stage(VISION, 1, 3), _NewSession(), inner.payload, rows=1, position=0, step=0, sampling=greedy  # type: ignore[arg-type]
         )  # fmt: skip
         assert last.token == 4
         assert last.payload == (4).to_bytes(4, "little")
         for output in (inner, last):
             assert output.digest == hashlib.sha256(output.payload).digest()
         with pytest.raises(Refusal) as refused:
-            await runtime.step(_Stage(VISION, 0, 1), None, row[4:], rows=1, position=0, step=0, sampling=greedy)  # type: ignore[arg-type]
+            await runtime.step(
+                _Stage(VISION, 0, 1), _NewSession(), row[4:], rows=1, position=0, step=0, sampling=greedy
+            )  # type: ignore[arg-type]
         assert refused.value.reason == ErrorReason.ERROR_REASON_MALFORMED_TENSOR
     finally:
         runtime.close()

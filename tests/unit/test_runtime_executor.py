@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from bsns.runtime.decoder_executor import StageExecutor
 from bsns.runtime.executor import (
     ContextLimitError,
     ExecutionError,
-    StageExecutor,
     StepInput,
     iterate_reexecution,
     reexecute,
 )
 from bsns.runtime.prepare import prepare
+from bsns.runtime.ragged_attention import DecoderSession
 from bsns.runtime.weight_store import WeightMismatchError, WeightStore
 from tests.unit.runtime_models import flip_byte, greedy, silent, tiny_llama, tiny_source
 
@@ -151,10 +152,9 @@ def test_cache_bytes_are_those_of_the_tensors(store: WeightStore) -> None:
     stage = StageExecutor(store, 1, 4)
     session = stage.new_session(20)
     stage.forward(session, torch.zeros(5, 32), position=0)
-    layers = session.cache.layers  # type: ignore[attr-defined]
-    held = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
-    assert session.cache_bytes == held
-    assert session.cache_bytes_limit == held * 4
+    assert isinstance(session, DecoderSession)
+    assert session.cache_bytes_limit == session.keys.nbytes + session.values.nbytes
+    assert session.cache_bytes == session.cache_bytes_limit // 4
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import torch
 
 from bsns.protocol.sketch import TOLERANCES, StageSketch, distance
 from bsns.requester.chat_tokenizer import ChatTokenizer, ChatTokenizerError
-from bsns.runtime.executor import StageExecutor, StepInput, reexecute
+from bsns.runtime.decoder_executor import StageExecutor
+from bsns.runtime.executor import StepInput, reexecute
 from bsns.runtime.prepare import model_source, prepare
 from bsns.runtime.weight_store import WeightStore
 from tests.unit.runtime_models import embedded_reference, greedy, silent
