@@ -25,6 +25,7 @@ from eth_typing import ChecksumAddress
 from bsns.chain.errors import ChainError
 from bsns.protocol.commitments import content_digest
 from bsns.protocol.contract_states import NodeStatus
+from bsns.protocol.endpoints import is_loopback
 from bsns.protocol.identifiers import keccak256
 from bsns.protocol.measurements import LinkTiming
 from bsns.v1 import execution_pb2
@@ -140,6 +141,13 @@ class LinkProber:
         self._measured: dict[ChecksumAddress, tuple[LinkTiming, float]] = {}
         self._failures: dict[ChecksumAddress, _Failure] = {}
         self._news = asyncio.Condition()
+        # Peers on this machine: what a busy processor makes of their links says nothing about a network.
+        self._here: set[ChecksumAddress] = set()
+
+    def bandwidth_to(self, node: ChecksumAddress) -> float | None:
+        """Measured bytes a second to `node`; None where that is unknown or the way does not leave the machine."""
+        known = self._measured.get(node)
+        return None if known is None or node in self._here else float(known[0].bytes_per_second)
 
     @property
     def links(self) -> tuple[LinkTiming, ...]:
@@ -188,6 +196,8 @@ class LinkProber:
             if status not in _SERVING:
                 raise ProbeFailedError(f"the node is {status.name} in the registry")
             link = await self._time(node)
+            endpoint = await self._chain.endpoint(node)
+            (self._here.add if endpoint is not None and is_loopback(endpoint.endpoint) else self._here.discard)(node)
         except (ProbeFailedError, Refusal, OSError) as error:
             self._measured.pop(node, None)
             attempts = self._failure(node).attempts + 1

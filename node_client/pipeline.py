@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 import structlog
 from eth_typing import ChecksumAddress
@@ -28,6 +28,7 @@ from bsns.protocol.hand_over import Statement
 from bsns.protocol.identifiers import BYTES32, ZERO_HASH
 from bsns.protocol.sketch import SketchError
 from bsns.protocol.typed_data import HAND_OVER, is_signed_by, signing_digest
+from bsns.runtime.activation_codec import TensorEncoding, encoding_for_link, takes_blockwise
 from bsns.v1 import common_pb2, execution_pb2
 from node_client.chain_view import ChainView, SigningDomains
 from node_client.errors import ErrorReason, Refusal, SigningRefusedError, StorageError, StorageFullError
@@ -35,7 +36,7 @@ from node_client.evidence_store import EvidenceStore, StageResult
 from node_client.peers import PeerPool
 from node_client.session_store import Session, SessionState, SessionStore
 from node_client.settings import MAXIMUM_FRAME_BYTES, NodeSettings
-from node_client.shard_runtime import ShardRuntime, StepOutput
+from node_client.shard_runtime import ShardRuntime, StepOutput, encoding_of_input
 from node_client.signing_guard import DutyKind, SigningGuard
 
 # Room for the fields around a payload within a frame of 1 MiB.
@@ -180,10 +181,11 @@ class Pipeline:
         *,
         start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         on_sealed: Callable[[], None],
+        bandwidth_to: Callable[[ChecksumAddress], float | None],
     ) -> None:
         self._settings, self._signer, self._domains = settings, signer, domains
         self._sessions, self._runtime, self._evidence, self._guard = sessions, runtime, evidence, guard
-        self._start, self._on_sealed = start, on_sealed
+        self._start, self._on_sealed, self._bandwidth_to = start, on_sealed, bandwidth_to
         self._recorder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bsns-recording")
         self.peers = PeerPool(
             settings,
@@ -351,7 +353,8 @@ class Pipeline:
         """Bytes of the whole tensor, from what the session expects and not from what the frame says."""
         if frame.step > session.opening.sampling.maximum_tokens:
             raise Refusal(ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER, "the step lies beyond the tokens that were paid")
-        if frame.encoding != int(session.encoding_of(frame.step)):
+        encoding = next((item for item in session.encodings_of(frame.step) if int(item) == frame.encoding), None)
+        if encoding is None:
             raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, "this stage takes another encoding")
         rows = session.rows_of(frame.step)
         if frame.rows != rows:
@@ -367,7 +370,7 @@ class Pipeline:
             raise Refusal(
                 ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, "the first frame of a step carries its digest, 32 bytes"
             )
-        expected = session.input_bytes_of(frame.step)
+        expected = session.input_bytes_of(frame.step, encoding)
         # An honest sender fills its frames; this leaves room for any other sensible size.
         if not 1 <= frame.frame_count <= max(1, expected // 4096 + 1):
             raise Refusal(
@@ -598,11 +601,12 @@ class Pipeline:
             position=session.position,
             step=number,
             sampling=session.opening.sampling,
+            output_encoding=self._output_encoding(session, rows),
         )
         session.input_digests.append(digest)
         session.next_step += 1
         session.position += rows
-        self._hand_on(session, number, output.payload, output.digest)
+        self._hand_on(session, number, output)
         await self._await_recordings(session)
         # Submitted before anything else can be: statements about this step are checked after it.
         recording = asyncio.get_running_loop().run_in_executor(
@@ -617,11 +621,27 @@ class Pipeline:
         if session.end_steps == session.next_step:
             await self._end_here(session, session.finish_reason)
 
-    def _hand_on(self, session: Session, number: int, payload: bytes, digest: bytes) -> None:
+    def _output_encoding(self, session: Session, rows: int) -> TensorEncoding:
+        """How the rows of the session's next step travel: by setting, else by the measured link to the next stage."""
+        width = session.manifest.row_width(session.executor.end_unit)
+        match self._settings.activation_encoding:
+            case "float32":
+                return TensorEncoding.RAW_FLOAT32
+            case "float16":
+                return TensorEncoding.FLOAT16
+            case "int8":
+                return TensorEncoding.BLOCKWISE_INT8 if takes_blockwise(width) else TensorEncoding.FLOAT16
+            case "link":
+                return encoding_for_link(self._bandwidth_to(session.successor), rows, width)
+            case other:
+                assert_never(other)
+
+    def _hand_on(self, session: Session, number: int, output: StepOutput) -> None:
         """Send one step's output to the next stage; the last stage's token becomes the next step of stage 0."""
+        payload, digest = output.payload, output.digest
         step = number + 1 if session.is_last else number
         count = max(1, -(-len(payload) // _PAYLOAD_BYTES))
-        encoding = common_pb2.TENSOR_ENCODING_TOKEN_IDS if session.is_last else common_pb2.TENSOR_ENCODING_RAW_FLOAT32
+        encoding = common_pb2.TensorEncoding.ValueType(output.encoding)
         frames = [
             execution_pb2.ForwardRequest(
                 frame=execution_pb2.StepFrame(
@@ -851,7 +871,8 @@ class Pipeline:
         """Sketch, evidence and, every few steps, the two statements of one step."""
         fingerprint = session.sketch.add(output.sketched)
         leaf = session.builder.add(rows, digest, output.digest, fingerprint)
-        self._evidence.add_step(session.request_id, session.stage, leaf, int(session.encoding_of(number)), data)
+        encoding = encoding_of_input(session.manifest, session.executor.first_unit, rows, len(data))
+        self._evidence.add_step(session.request_id, session.stage, leaf, int(encoding), data)
         if number % self._settings.statement_interval_steps:
             return _Recorded(number, None, None)
         return self._state(session)

@@ -43,6 +43,7 @@ from bsns.protocol.identifiers import BYTES32, ZERO_HASH, ModelId, ProtocolError
 from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.sampling import SamplingError, SamplingParameters, is_consistent_draw
 from bsns.protocol.typed_data import EVIDENCE_QUERY, signing_digest
+from bsns.runtime.activation_codec import ActivationError
 from bsns.v1 import execution_pb2
 from node_client.chain_view import ChainView, RequestView, SigningDomains, StageView
 from node_client.errors import ErrorReason, Refusal
@@ -50,7 +51,7 @@ from node_client.evidence_store import StageResult
 from node_client.peers import PeerPool
 from node_client.session_store import sampling_from_message
 from node_client.settings import NodeSettings
-from node_client.shard_runtime import Rows, ShardRuntime, holds_head, input_bytes, new_sketch
+from node_client.shard_runtime import Rows, ShardRuntime, encoding_of_input, holds_head, new_sketch
 
 if TYPE_CHECKING:
     from bsns.v1.execution_pb2_grpc import ShardExecutionAsyncStub
@@ -253,8 +254,10 @@ class Reexecution:
             data = bytes(inputs.get(step.step, b""))
             if content_digest(data) != step.input_digest:
                 raise EvidenceInvalidError(f"the input bytes of step {step.step} are not those of the evidence")
-            if len(data) != input_bytes(case.manifest, served.first_unit, step.rows):
-                raise EvidenceInvalidError(f"the input of step {step.step} has the wrong length")
+            try:
+                encoding_of_input(case.manifest, served.first_unit, step.rows, len(data))
+            except ActivationError as error:
+                raise EvidenceInvalidError(f"the input of step {step.step} has the wrong length: {error}") from error
             ordered.append(data)
         return FetchedEvidence(
             ShownStage(stage, served.node, evidence, _statements_of(header)),

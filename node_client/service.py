@@ -206,7 +206,9 @@ class NodeService:
         pipeline = Pipeline(
             settings, signer, domains, chain, sessions, runtime, evidence, guard,
             start=start, on_sealed=lambda: duties.wake(),  # noqa: PLW0108 (made below)
+            bandwidth_to=lambda node: prober.bandwidth_to(node),  # noqa: PLW0108 (made below)
         )  # fmt: skip
+        prober = LinkProber(settings, signer.address, chain, pipeline.peers)
         stack.callback(pipeline.close)
         # Before the threads and stores they use are closed.
         stack.push_async_callback(_cancel_all, background)
@@ -236,7 +238,6 @@ class NodeService:
         start(_restarted("chain_duties", duties.run))
         if settings.coordinator is not None:
             # Links are for planners: without a coordinator nobody asks for them.
-            prober = LinkProber(settings, signer.address, chain, pipeline.peers)
             start(_restarted("link_prober", prober.run))
             coordination = Coordination(settings, signer, domains, chain, runtime, sessions, prober, clock=clock)
             coordinator = settings.coordinator

@@ -34,7 +34,7 @@ from node_client.chain_view import ChainView, RequestView, SigningDomains, Stage
 from node_client.errors import ErrorReason, Refusal
 from node_client.evidence_store import EvidenceStore, InputOpening
 from node_client.settings import NodeSettings
-from node_client.shard_runtime import ShardRuntime, input_bytes, input_encoding, new_sketch
+from node_client.shard_runtime import ShardRuntime, input_bytes, input_encodings, new_sketch
 from node_client.signing_guard import SigningGuard
 
 if TYPE_CHECKING:
@@ -139,16 +139,16 @@ class Session:
     def position_of(self, step: int) -> int:
         return 0 if step == 0 else self.opening.prompt_tokens + step - 1
 
-    def encoding_of(self, step: int) -> TensorEncoding:
-        """How the input of a step travels: what returns to stage 0 after its first step are tokens, of any model."""
+    def encodings_of(self, step: int) -> tuple[TensorEncoding, ...]:
+        """How the input of a step may travel: what returns to stage 0 after its first step are tokens, of any model."""
         if self.stage == 0 and step > 0:
-            return TensorEncoding.TOKEN_IDS
-        return input_encoding(self.manifest, self.executor.first_unit)
+            return (TensorEncoding.TOKEN_IDS,)
+        return input_encodings(self.manifest, self.executor.first_unit)
 
-    def input_bytes_of(self, step: int) -> int:
+    def input_bytes_of(self, step: int, encoding: TensorEncoding) -> int:
         if self.stage == 0 and step > 0:
             return VALUE_BYTES
-        return input_bytes(self.manifest, self.executor.first_unit, self.rows_of(step))
+        return input_bytes(self.manifest, self.executor.first_unit, self.rows_of(step), encoding)
 
     def is_final(self, token: int, tokens: int) -> bool:
         """Whether `token`, the `tokens`-th drawn, ends the answer."""

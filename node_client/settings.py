@@ -76,6 +76,9 @@ class NodeSettings(BaseSettings):
     arithmetic: Literal["float32", "bfloat16", "int8"] = Field(
         default="float32", description="how decoders' matrices are kept and multiplied; a plan promises it"
     )
+    activation_encoding: Literal["link", "float32", "float16", "int8"] = Field(
+        default="link", description="how activations travel to the next stage; link: as its measured bandwidth asks for"
+    )
     maximum_batch: int = Field(default=64, ge=1, le=1024, description="steps of different sessions that run together")
     weight_memory_bytes: int = Field(default=4 * 1024 * MIB, ge=1, description="executors kept in memory")
     cache_memory_bytes: int = Field(default=1024 * MIB, ge=1, description="KV caches of all sessions together")

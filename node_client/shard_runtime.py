@@ -23,12 +23,12 @@ import torch
 
 from bsns.protocol.commitments import content_digest, token_bytes
 from bsns.protocol.identifiers import ModelId, model_id
-from bsns.protocol.manifest import EXPORTED, VALUE_BYTES, ManifestError, ModelManifest
+from bsns.protocol.manifest import EXPORTED, ManifestError, ModelManifest
 from bsns.protocol.plan import execution_class_id
 from bsns.protocol.sampling import SamplingError, SamplingParameters, draw
 from bsns.protocol.sketch import TOLERANCES, SketchError, StageSketch
 from bsns.runtime import activation_codec
-from bsns.runtime.activation_codec import ActivationError, TensorEncoding
+from bsns.runtime.activation_codec import ActivationError, TensorEncoding, encoded_size, takes_blockwise
 from bsns.runtime.executor import (
     ExecutionError,
     ShardExecutor,
@@ -71,11 +71,12 @@ class StepOutput:
     """What one step of one stage produced: the exact bytes for the successor with their digest, and the rows that are
     sketched.
 
-    `payload` is float32 [rows, width of the cut], or for the last stage the drawn token (class) as int32; `sketched` is
-    float32 [rows, width of the cut] or the logits [1, vocabulary].
+    `payload` is [rows, width of the cut] in `encoding`, or for the last stage the drawn token (class) as int32;
+    `sketched` is float32 [rows, width of the cut] before it was encoded, or the logits [1, vocabulary].
     """
 
     payload: bytes
+    encoding: TensorEncoding
     digest: bytes
     sketched: Rows
     token: int | None
@@ -225,9 +226,10 @@ class ShardRuntime:
         position: int,
         step: int,
         sampling: SamplingParameters,
+        output_encoding: TensorEncoding = TensorEncoding.RAW_FLOAT32,
     ) -> StepOutput:
         """One step of a live session. Refusal for bytes that are not the tensor expected; the session is then as
-        before.
+        before. `output_encoding` is how a stage that draws nothing hands its rows on.
         """
 
         def finish(outputs: list[torch.Tensor]) -> StepOutput:
@@ -240,11 +242,12 @@ class ShardRuntime:
                 )
             if holds_head(executor):
                 token = draw(sketched[-1], sampling, step)
-                payload = token_bytes([token])
+                payload, encoding = token_bytes([token]), TensorEncoding.TOKEN_IDS
             else:
-                token, payload = None, activation_codec.encode(TensorEncoding.RAW_FLOAT32, output)
+                token, encoding = None, output_encoding
+                payload = activation_codec.encode(encoding, output)
             # Here and not on the event loop: one row of a vision model takes up to a few megabytes.
-            return StepOutput(payload, content_digest(payload), sketched, token)
+            return StepOutput(payload, encoding, content_digest(payload), sketched, token)
 
         try:
             return await self.compute.step(
@@ -328,24 +331,39 @@ def holds_head(executor: ShardExecutor) -> bool:
     return executor.end_unit == len(executor.manifest.units)
 
 
-def input_encoding(manifest: ModelManifest, first_unit: int) -> TensorEncoding:
-    """How the input of a request (unit 0) or of a later stage travels: token ids where the model takes them, else
-    float32 rows.
+def input_encodings(manifest: ModelManifest, first_unit: int) -> tuple[TensorEncoding, ...]:
+    """How the input of a request (unit 0) or of a later stage may travel. A request's is what its commitment is over:
+    token ids where the model takes them, else float32 rows. Between stages the sender chooses.
     """
-    takes_tokens = first_unit == 0 and manifest.takes_token_ids
-    return TensorEncoding.TOKEN_IDS if takes_tokens else TensorEncoding.RAW_FLOAT32
+    if first_unit == 0:
+        return (TensorEncoding.TOKEN_IDS if manifest.takes_token_ids else TensorEncoding.RAW_FLOAT32,)
+    between = (TensorEncoding.RAW_FLOAT32, TensorEncoding.FLOAT16)
+    compressed = (TensorEncoding.BLOCKWISE_INT8,) if takes_blockwise(manifest.row_width(first_unit)) else ()
+    return between + compressed
 
 
-def input_bytes(manifest: ModelManifest, first_unit: int, rows: int) -> int:
-    """Bytes of a stage's input of `rows` rows."""
-    return VALUE_BYTES * rows * manifest.row_width(first_unit)
+def input_bytes(manifest: ModelManifest, first_unit: int, rows: int, encoding: TensorEncoding | None = None) -> int:
+    """Bytes of a stage's input of `rows` rows; None: in the longest encoding."""
+    chosen = input_encodings(manifest, first_unit)[0] if encoding is None else encoding
+    return encoded_size(chosen, (rows, manifest.row_width(first_unit)))
+
+
+def encoding_of_input(manifest: ModelManifest, first_unit: int, rows: int, size: int) -> TensorEncoding:
+    """The encoding in which the input of `rows` rows takes `size` bytes; ActivationError if there is none. No two take
+    the same, so that a stage cannot show the bytes of its input as another encoding than it received.
+    """
+    sizes = {input_bytes(manifest, first_unit, rows, item): item for item in input_encodings(manifest, first_unit)}
+    try:
+        return sizes[size]
+    except KeyError:
+        raise ActivationError(f"{size} bytes received, {rows} rows take {' or '.join(map(str, sizes))}") from None
 
 
 def decode_input(executor: ShardExecutor, data: bytes, rows: int) -> Any:
     """The tensor a stage takes; ActivationError if `data` is not one."""
     manifest, first_unit = executor.manifest, executor.first_unit
     return activation_codec.decode(
-        input_encoding(manifest, first_unit),
+        encoding_of_input(manifest, first_unit, rows, len(data)),
         data,
         rows=rows,
         width=manifest.row_width(first_unit),

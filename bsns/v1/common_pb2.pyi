@@ -28,6 +28,13 @@ class _TensorEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tensor
     """rows x width float32."""
     TENSOR_ENCODING_TOKEN_IDS: _TensorEncoding.ValueType  # 2
     """rows int32 token ids."""
+    TENSOR_ENCODING_FLOAT16: _TensorEncoding.ValueType  # 3
+    """Per row: int8 exponent e, then width float16 of magnitude at most 2^15. Value = float16 * 2^e, -100 <= e <= 112."""
+    TENSOR_ENCODING_BLOCKWISE_INT8: _TensorEncoding.ValueType  # 4
+    """Rows of 128 to 65,535 values. Per row: int8 exponent e; float32 scale of each block of 64 channels, zero or 2^-100 to below 2^127; the 16
+    channels of largest magnitude as ascending uint16; their values as float16, times 2^e as above; one byte per channel. Value of the other
+    channels = codebook[byte] * scale. The codebook is the signed dynamic map of 256 values (bsns/runtime/activation_codec.py), never sent.
+    """
 
 class TensorEncoding(_TensorEncoding, metaclass=_TensorEncodingEnumTypeWrapper):
     """How a tensor lies in bytes. Little-endian, row-major, no padding."""
@@ -37,6 +44,13 @@ TENSOR_ENCODING_RAW_FLOAT32: TensorEncoding.ValueType  # 1
 """rows x width float32."""
 TENSOR_ENCODING_TOKEN_IDS: TensorEncoding.ValueType  # 2
 """rows int32 token ids."""
+TENSOR_ENCODING_FLOAT16: TensorEncoding.ValueType  # 3
+"""Per row: int8 exponent e, then width float16 of magnitude at most 2^15. Value = float16 * 2^e, -100 <= e <= 112."""
+TENSOR_ENCODING_BLOCKWISE_INT8: TensorEncoding.ValueType  # 4
+"""Rows of 128 to 65,535 values. Per row: int8 exponent e; float32 scale of each block of 64 channels, zero or 2^-100 to below 2^127; the 16
+channels of largest magnitude as ascending uint16; their values as float16, times 2^e as above; one byte per channel. Value of the other
+channels = codebook[byte] * scale. The codebook is the signed dynamic map of 256 values (bsns/runtime/activation_codec.py), never sent.
+"""
 Global___TensorEncoding: _TypeAlias = TensorEncoding  # noqa: Y015
 
 class _FinishReason:

@@ -20,7 +20,7 @@ from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.model_graph import ModelGraph
 from bsns.runtime.decoder_blocks import LayerBlock
 from bsns.runtime.decoder_executor import StageExecutor
-from bsns.runtime.executor import ContextLimitError, ExecutionError, open_stage
+from bsns.runtime.executor import BatchStep, ContextLimitError, ExecutionError, open_stage
 from bsns.runtime.prepare import PreparationError, prepare, write_decoder
 from bsns.runtime.ragged_attention import DecoderSession, RaggedBatch
 from bsns.runtime.weight_store import WeightStore
@@ -224,6 +224,74 @@ def test_model_graph_of_a_decoder_is_the_chain_of_its_units(prepared: Prepared) 
     assert [tensor.producer for tensor in graph.tensors] == list(range(-1, UNITS))
     assert {operator.cache_bytes for operator in graph.operators} == {0, manifest.kv_bytes_per_token_per_block}
     assert [operator.peak_bytes for operator in graph.operators] == [unit.peak_bytes for unit in manifest.units]
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+ARITHMETIC_ERROR = {"float32": 1e-5, "bfloat16": 3e-2, "int8": 1e-4}
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "int8"])
+def test_steps_of_many_sessions_in_one_batch_equal_each_alone(prepared: Prepared, arithmetic: str) -> None:
+    if arithmetic != "float32" and prepared.model.config.model_type == "mixtral":
+        with pytest.raises(ExecutionError, match="mixtral models run in float32 only"):
+            prepared.stages((0, UNITS), arithmetic=arithmetic)
+        return
+    generator = torch.Generator().manual_seed(5)
+    for stage in prepared.stages((0, 2, UNITS), arithmetic=arithmetic):
+        together = [stage.new_session(CONTEXT) for _ in range(5)]
+        alone = [stage.new_session(CONTEXT) for _ in range(5)]
+        for rows in ((7, 1, 3, 12, 1), (1, 1, 1, 1, 1), (2, 9, 1, 1, 4)):
+            steps = []
+            for count, session in zip(rows, together, strict=True):
+                if stage.has_embedding:
+                    inputs = torch.randint(0, VOCABULARY, (count,), generator=generator)
+                else:
+                    inputs = torch.randn(count, 32, generator=generator)
+                steps.append(BatchStep(session, inputs, session.position, range(count) if count == 9 else None))
+            outputs = stage.forward_batch(steps)
+            for step, session, output in zip(steps, alone, outputs, strict=True):
+                expected = stage.forward(session, step.inputs, position=step.position, logit_rows=step.logit_rows)
+                assert isinstance(output, Tensor)
+                error = (output - expected).norm() / expected.norm()
+                assert error <= ARITHMETIC_ERROR[arithmetic], error
+        assert [item.position for item in together] == [item.position for item in alone]
+
+
+def test_members_of_a_batch_fail_alone(prepared: Prepared) -> None:
+    (stage,) = prepared.stages((0, UNITS))
+    sessions, other = [stage.new_session(4) for _ in range(6)], stage.new_session(4)
+    good = torch.tensor([5, 6])
+    outputs = stage.forward_batch([
+        BatchStep(sessions[0], good, 0),
+        BatchStep(sessions[1], torch.tensor([VOCABULARY]), 0),
+        BatchStep(sessions[2], good, 3),
+        BatchStep(sessions[3], torch.arange(5), 0),
+        BatchStep(sessions[4], good, 0, [2]),
+        BatchStep(sessions[5], good, 0),
+    ])  # fmt: skip
+    failures = [type(item) for item in outputs[1:5]]
+    assert failures == [ExecutionError, ExecutionError, ContextLimitError, ExecutionError]
+    assert [item.position for item in sessions] == [2, 0, 0, 0, 0, 2]
+    expected = stage.forward(other, good, position=0)
+    for output in (outputs[0], outputs[5]):
+        assert isinstance(output, Tensor)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("arithmetic", "share"), [("bfloat16", 0.51), ("int8", 0.45)])
+def test_packed_weights_take_their_share_of_memory_and_another_class(
+    prepared: Prepared, arithmetic: str, share: float
+) -> None:
+    if prepared.model.config.model_type == "mixtral":
+        return  # refused, see above
+    ((plain,), (packed,)) = (prepared.stages((1, UNITS - 1), arithmetic=item) for item in ("float32", arithmetic))
+    matrices = sum(unit.flops_per_token for unit in prepared.store.manifest.units[1 : UNITS - 1]) // 2
+    others = plain.memory_bytes - 4 * matrices
+    # For int8 a quarter, and what matrices this narrow add to that: scales, and the channels that keep 16 bits.
+    assert packed.memory_bytes - others <= share * 4 * matrices
+    assert packed.execution_class == f"torch-cpu/{arithmetic}/sdpa"
 
 
 # -------------------------------------------------------------------------------------------------------- the rehearsal

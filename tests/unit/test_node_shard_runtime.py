@@ -22,8 +22,15 @@ from bsns.v1 import common_pb2
 from node_client.errors import ErrorReason, Refusal
 from node_client.evidence_store import InputOpening
 from node_client.session_store import Session
-from node_client.shard_runtime import ShardRuntime, decode_input, input_bytes, input_encoding, new_sketch
-from tests.unit.shape_manifests import TEXT, VISION
+from node_client.shard_runtime import (
+    ShardRuntime,
+    decode_input,
+    encoding_of_input,
+    input_bytes,
+    input_encodings,
+    new_sketch,
+)
+from tests.unit.shape_manifests import TEXT, VISION, manifest_of
 
 
 class _NewSession:
@@ -67,9 +74,25 @@ class _Stage:
 def test_input_of_a_stage_has_the_encoding_and_size_that_the_manifest_says(
     manifest: ModelManifest, unit: int, encoding: TensorEncoding, size: int
 ) -> None:
-    assert input_encoding(manifest, unit) is encoding
+    assert input_encodings(manifest, unit)[0] is encoding
     assert input_bytes(manifest, unit, 1) == size
     assert input_bytes(manifest, unit, 3) == 3 * size
+
+
+def test_input_between_stages_is_recognised_by_its_length_and_a_request_has_one_encoding_only() -> None:
+    wide = manifest_of(("embedding", "block", "head"), (256, 256, 97), 0)
+    for rows in (1, 2, 7):
+        sizes = {encoding: input_bytes(wide, 1, rows, encoding) for encoding in input_encodings(wide, 1)}
+        assert list(sizes) == [
+            TensorEncoding.RAW_FLOAT32, TensorEncoding.FLOAT16, TensorEncoding.BLOCKWISE_INT8
+        ]  # fmt: skip
+        for encoding, size in sizes.items():
+            assert encoding_of_input(wide, 1, rows, size) is encoding
+            with pytest.raises(ActivationError, match=f"{size + 1} bytes received"):
+                encoding_of_input(wide, 1, rows, size + 1)
+    assert input_encodings(wide, 0) == (TensorEncoding.TOKEN_IDS,)
+    assert input_encodings(VISION, 0) == (TensorEncoding.RAW_FLOAT32,)
+    assert TensorEncoding.BLOCKWISE_INT8 not in input_encodings(TEXT, 1)
 
 
 def test_decode_input_of_the_first_stage_is_a_row_where_the_model_takes_rows() -> None:
@@ -115,6 +138,7 @@ async def test_step_of_inner_stage_gives_its_rows_and_of_the_last_a_class(tmp_pa
         )  # type: ignore[arg-type]
         expected = (12 + np.arange(20)).astype("<f4")
         assert inner.payload == expected.tobytes()
+        assert inner.encoding is TensorEncoding.RAW_FLOAT32
         assert inner.token is None
         last = await runtime.step(
             _Stage(VISION, 1, 3), _NewSession(), inner.payload, rows=1, position=0, step=0, sampling=greedy  # type: ignore[arg-type]
@@ -137,6 +161,7 @@ async def test_step_of_inner_stage_gives_its_rows_and_of_the_last_a_class(tmp_pa
     [
         (0, 0, 1, (TensorEncoding.RAW_FLOAT32, TensorEncoding.TOKEN_IDS), (48, 4)),
         (1, 1, 3, (TensorEncoding.RAW_FLOAT32, TensorEncoding.RAW_FLOAT32), (80, 80)),
+        (1, 1, 3, (TensorEncoding.FLOAT16, TensorEncoding.FLOAT16), (41, 41)),
     ],
 )
 async def test_session_of_a_vision_model_takes_a_row_first_and_tokens_back_at_stage_0(
@@ -156,7 +181,8 @@ async def test_session_of_a_vision_model_takes_a_row_first_and_tokens_back_at_st
         sketch=new_sketch(bytes(32), executor),
         inbox=asyncio.Queue(1),
     )
-    assert tuple(session.encoding_of(step) for step in range(2)) == encodings
-    assert tuple(session.input_bytes_of(step) for step in range(2)) == sizes
+    for step, (encoding, size) in enumerate(zip(encodings, sizes, strict=True)):
+        assert encoding in session.encodings_of(step)
+        assert session.input_bytes_of(step, encoding) == size
     assert session.is_final(3, 1)
     assert session.reason_of(3) == common_pb2.FINISH_REASON_LENGTH
