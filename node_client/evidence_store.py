@@ -108,6 +108,7 @@ class EvidenceStore:
             # Freed pages go back to the file system, so that the budget is one of disk space.
             self._database.execute("PRAGMA auto_vacuum=INCREMENTAL")
             self._database.execute("PRAGMA journal_mode=WAL")
+            self._durable = True
             self._database.execute("PRAGMA synchronous=FULL")
             self._database.executescript(_SCHEMA)
             # What was not sealed when the process ended can never be committed: its KV cache is gone.
@@ -171,7 +172,8 @@ class EvidenceStore:
                     f"the evidence budget of {self._budget} bytes is used up; raise evidence_bytes or wait until "
                     "disputes are over"
                 )
-            with self._transaction():
+            # Before it is sealed a crash makes a stage worthless, and sealing waits for the disk for all its steps.
+            with self._transaction(durable=False):
                 self._database.execute(
                     "INSERT OR REPLACE INTO step VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                     (request, stage, *step.as_tuple(), encoding, data),
@@ -383,8 +385,14 @@ class EvidenceStore:
             self._used = self._measure()
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, *, durable: bool = True) -> Iterator[None]:
+        """One transaction. Only a durable one waits for the disk; it takes what was written before it with it, since
+        all is in one log.
+        """
         with self._errors():
+            if durable is not self._durable:
+                self._database.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                self._durable = durable
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield

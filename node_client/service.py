@@ -125,6 +125,8 @@ class NodeService:
         self.ready: Ready | None = None
         # Set while it runs; for those who look at a node from within its process.
         self.chain: ChainView | None = None
+        self.runtime: ShardRuntime | None = None
+        self.sessions: SessionStore | None = None
         self.evidence: EvidenceStore | None = None
 
     def stop(self) -> None:
@@ -194,6 +196,7 @@ class NodeService:
             executor_factory=self._factory,
         )
         stack.callback(runtime.close)
+        self.runtime = runtime
         background: set[asyncio.Task[None]] = set()
 
         def start(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -203,6 +206,7 @@ class NodeService:
             return task
 
         sessions = SessionStore(settings, signer.address, domains, chain, runtime, evidence, guard, clock=clock)
+        self.sessions = sessions
         pipeline = Pipeline(
             settings, signer, domains, chain, sessions, runtime, evidence, guard,
             start=start, on_sealed=lambda: duties.wake(),  # noqa: PLW0108 (made below)

@@ -164,9 +164,12 @@ class Network:
 
         await until(all_active, "nodes active")
 
-    async def publish_plan(self, stages: Sequence[tuple[str, int, int]]) -> ShardPlan:
+    async def publish_plan(
+        self, stages: Sequence[tuple[str, int, int]], execution_class: str | None = None
+    ) -> ShardPlan:
         """A plan of one replica a stage: (name of the node, first unit, end unit); waits until it is in effect."""
-        execution_class = EXPORTED_CLASS if self.manifest.architecture == EXPORTED else EXECUTION_CLASS
+        if execution_class is None:
+            execution_class = EXPORTED_CLASS if self.manifest.architecture == EXPORTED else EXECUTION_CLASS
         signers = [open_keystore(self.settings(name)).node_signer() for name, _, _ in stages]
         plan = ShardPlan(
             len(self.manifest.units),
