@@ -2,12 +2,20 @@
 
 Owns the exact formulation that serves as a baseline and, with HiGHS's dual bound, as a certificate that also holds when
 time runs out. Takes one node a stage over links that are all alike; says so otherwise.
+
+HiGHS 1.12 is not believed. It drops a solution that it has proven optimal, and ends with a "solve error", if a row of
+it is broken by its tolerance of 1e-6 and a rounding error more (ERGO-Code/HiGHS issues 2653, 2782, 2808); how often
+depends on the units, and presolve only moves it to other instances. So every instance is solved with presolve and
+without, in other units again where HiGHS fails. Each plan is evaluated exactly; the better one is the answer, the lower
+one of both dual bounds its bound. Bounds that an exact value refutes, and those of one run alone, certify nothing.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -18,28 +26,94 @@ from scipy.sparse import csr_array
 from bsns.planning import slice_graph
 from bsns.planning.bounds import lower_bound
 from bsns.planning.ideals import Floats, GraphArrays
-from bsns.planning.problem import SECOND_NS, Link, Objective, Partition, PlanningError, Problem, evaluate
+from bsns.planning.problem import SECOND_NS, Link, Objective, Partition, PlanningError, PlanningNode, Problem, evaluate
 
-_SCALE: Final = 1_000.0
-"""The value of the plan that is known, in the programme's units: HiGHS's tolerances are absolute."""
+_SCALES: Final = (64.0, 1.0, 8.0, 512.0)
+"""About the known value in the programme's units, in the order they are tried: HiGHS's tolerances are absolute."""
 _TOLERANCE: Final = 1e-5
 """Share of the value by which a dual bound is lowered, for HiGHS's tolerances."""
+_LEAST_SECONDS: Final = 0.1
+"""What a run gets at least, so that it can say anything."""
+_INFEASIBLE: Final = 2
+"""A status of `scipy.optimize.milp`."""
+
+_Cover = tuple[tuple[int, ...], tuple[int, ...]]
+_Stage = tuple[int, int, tuple[PlanningNode]]
 
 
 def solve(problem: Problem, *, time_limit_s: float) -> Partition:
-    """The optimum, or the better of HiGHS's best and plain slicing when time runs out; its bound is the dual bound.
+    """The optimum, or the best known when time runs out or HiGHS fails; the bound is what two runs agree on.
 
-    Dual bounds depend on the time that HiGHS had. PlanningError if stages need replicas, links differ, or no partition
-    was found.
+    Exact to a share of 1e-6 of the value, and to the nanosecond that each transfer is rounded up by. Bounds depend on
+    the time that HiGHS had. PlanningError if stages need replicas, links differ, or no partition was found.
     """
     if problem.terms.replicas > 1 or problem.links.measured:
         raise PlanningError("the integer programme takes one node a stage and links that are all alike: use genetic")
-    programme = _Programme(problem)
     try:
         known: Partition | None = slice_graph.solve(problem)
     except PlanningError:
         known = None
-    return programme.solve(known, time_limit_s)
+    return _Search(problem, known).run(time_limit_s)
+
+
+class _Search:
+    """The two runs over one problem. `_best` is the best partition so far, with its exact value."""
+
+    def __init__(self, problem: Problem, known: Partition | None) -> None:
+        self._problem = problem
+        self._best = known
+        # Operators that no stage on one of these nodes can hold, found where HiGHS's tolerance had let them pass.
+        self._covers: list[_Cover] = []
+
+    def run(self, time_limit_s: float) -> Partition:
+        started = time.monotonic()
+        half, end = started + time_limit_s / 2, started + time_limit_s
+        duals = [self._dual(presolve=True, deadline=half), self._dual(presolve=False, deadline=end)]
+        best = self._best
+        if best is None:
+            if duals == [math.inf] * 2:
+                raise self._problem.infeasible()
+            raise PlanningError("the integer programme found no partition: give it more time, or use genetic")
+        claimed = [max(0.0, dual * (1 - _TOLERANCE)) for dual in duals if dual is not None]
+        if len(claimed) < len(duals) or max(claimed) > best.value_ns:
+            return best
+        bound = math.ceil(min(claimed))
+        return replace(best, lower_bound_ns=bound, bound="milp") if bound > best.lower_bound_ns else best
+
+    def _dual(self, *, presolve: bool, deadline: float) -> float | None:
+        """HiGHS's bound in nanoseconds, infinite if it says that there is no partition; None if it failed in all units.
+        What it finds on the way goes to `_best`.
+        """
+        problem = self._problem
+        reference = float(problem.times.sum(axis=1).max() if self._best is None else self._best.value_ns)
+        for scale in _SCALES:
+            # A power of two, so that whole nanoseconds stay exact.
+            unit = 2.0 ** max(0, round(math.log2(max(1.0, reference) / scale)))
+            while True:
+                left = max(deadline - time.monotonic(), _LEAST_SECONDS)
+                programme = _Programme(problem, unit, self._covers)
+                solution, dual = programme.solve(presolve=presolve, time_limit_s=left)
+                if solution is None or not self._refused(*programme.stages(solution)) or left == _LEAST_SECONDS:
+                    break
+            if dual is not None:
+                return dual
+        return None
+
+    def _refused(self, order: list[int], stages: list[_Stage]) -> bool:
+        """Evaluate a partition, keep it if it is better; whether a stage needs more memory than its node has."""
+        problem, known = self._problem, len(self._covers)
+        for first, end, (node,) in stages:
+            need = problem.stage_memory(order[first:end])
+            if problem.overflow_ns(node, need) is None:
+                small = [item for item, other in enumerate(problem.nodes) if problem.overflow_ns(other, need) is None]
+                self._covers.append((tuple(order[first:end]), tuple(small)))
+        if len(self._covers) > known:
+            return True
+        bound, name = lower_bound(problem)
+        found = evaluate(problem, order, stages, lower_bound_ns=bound, bound=name, solver="milp")
+        if self._best is None or found.value_ns < self._best.value_ns:
+            self._best = found
+        return False
 
 
 class _Programme:
@@ -50,10 +124,12 @@ class _Programme:
     crosses the cut after stage j. DIRECT, with x(v, j) = X(v, j) - X(v, j-1): it is received if x(reader, j) -
     x(producer, j) = 1 for a reader, and sent if the opposite. c(j) is bound from below for each node m by the time on
     m, less a number so large that it does not count where z(j, m) = 0. The largest such time is the whole model's on m.
+    Where nodes are alike, stage j is on node j.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, unit: float, covers: Sequence[_Cover]) -> None:
         self._problem = problem
+        self._unit = unit
         self._arrays = GraphArrays.of(problem.graph, problem.terms.transfers)
         self._stages = problem.maximum_stages
         self._upper: list[float] = []
@@ -61,9 +137,9 @@ class _Programme:
         self._rows: list[tuple[list[int], list[float], float]] = []
         self._x = [[self._variable(1, True) for _ in range(self._stages)] for _ in range(self._arrays.count)]
         self._z = [[self._variable(1, True) for _ in problem.nodes] for _ in range(self._stages)]
-        self._unit = 1.0
         self._order()
         self._nodes()
+        self._fit(covers)
 
     def _variable(self, upper: float = math.inf, whole: bool = False) -> int:
         self._upper.append(upper)
@@ -99,6 +175,19 @@ class _Programme:
             self._at_least(1, *((item, 1) for item in row))
         for column in zip(*self._z):
             self._at_least(-1, *((item, -1) for item in column))
+        nodes, times = self._problem.nodes, self._problem.times
+        capacities = {(node.memory_bytes, node.host_bytes_per_second) for node in nodes}
+        if len(capacities) == 1 and (times == times[0]).all():
+            for stage, row in enumerate(self._z):
+                for number, item in enumerate(row):
+                    self._upper[item] = float(number == stage)
+
+    def _fit(self, covers: Sequence[_Cover]) -> None:
+        for operators, nodes in covers:
+            for stage, row in enumerate(self._z):
+                members = [item for v in operators for item in self._in_stage(v, stage, -1)]
+                for node in nodes:
+                    self._at_least(-len(operators), (row[node], -1), *members)
 
     # ------------------------------------------------------------------------------------------------------- costs
 
@@ -195,16 +284,11 @@ class _Programme:
 
     # ----------------------------------------------------------------------------------------------------- solving
 
-    def solve(self, known: Partition | None, time_limit_s: float) -> Partition:
-        problem = self._problem
-        if known is None:
-            reference = float(problem.times.sum(axis=1).max())
-        else:
-            reference = float(known.value_ns)
-        self._unit = max(1.0, reference) / _SCALE
+    def solve(self, *, presolve: bool, time_limit_s: float) -> tuple[Floats | None, float | None]:
+        """HiGHS's solution and dual bound in nanoseconds (infinite: no partition), as far as it has them."""
         costs = self._costs()
         objective = self._variable()
-        if problem.objective is Objective.THROUGHPUT:
+        if self._problem.objective is Objective.THROUGHPUT:
             for cost in costs:
                 self._at_least(0, (objective, 1), (cost, -1))
         else:
@@ -225,31 +309,16 @@ class _Programme:
             integrality=np.array(self._whole, dtype=np.int64),
             bounds=Bounds(0, np.array(self._upper)),
             constraints=LinearConstraint(matrix, np.array([least for _, _, least in self._rows]), np.inf),
-            # HiGHS loses solutions on the way back from its presolved problem, and then answers with a worse one.
-            options={"time_limit": time_limit_s, "mip_rel_gap": 1e-6, "presolve": False},
+            options={"time_limit": time_limit_s, "mip_rel_gap": 0, "presolve": presolve},
         )
-        found = self._partition(result.x) if result.x is not None else None
-        if found is not None and (known is None or found.value_ns < known.value_ns):
-            known = found
-        if known is None:
-            raise problem.infeasible()
-        bound = known.lower_bound_ns
-        if result.mip_dual_bound is not None:
-            dual = math.ceil(float(result.mip_dual_bound) * self._unit * (1 - _TOLERANCE) - 1e-6 * _SCALE)
-            if dual > bound:
-                return replace(known, lower_bound_ns=min(dual, known.value_ns), bound="milp")
-        return known
+        if result.status == _INFEASIBLE:
+            return None, math.inf
+        return result.x, None if result.mip_dual_bound is None else float(result.mip_dual_bound) * self._unit
 
-    def _partition(self, solution: Floats) -> Partition | None:
-        problem = self._problem
+    def stages(self, solution: Floats) -> tuple[list[int], list[_Stage]]:
+        """The order and the stages that a solution means."""
         chain = np.array([[solution[item] > 0.5 for item in row] for row in self._x]).T
         sizes = [0, *chain.sum(1).tolist()]
-        nodes = [problem.nodes[int(np.argmax([solution[item] for item in row]))] for row in self._z]
-        stages = [(a, b, (node,)) for a, b, node in zip(sizes, sizes[1:], nodes) if a < b]
-        bound, name = lower_bound(problem)
-        try:
-            return evaluate(
-                problem, self._arrays.stage_order(chain), stages, lower_bound_ns=bound, bound=name, solver="milp"
-            )
-        except PlanningError:
-            return None
+        nodes = [self._problem.nodes[int(np.argmax([solution[item] for item in row]))] for row in self._z]
+        stages: list[_Stage] = [(a, b, (node,)) for a, b, node in zip(sizes, sizes[1:], nodes) if a < b]
+        return self._arrays.stage_order(chain), stages

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from bsns.planning import bounds, genetic, milp, slice_graph
 from bsns.planning.problem import (
     Link,
     Links,
     Objective,
+    Partition,
     PlanningError,
     PlanningNode,
     Problem,
@@ -195,3 +199,96 @@ def test_integer_programme_with_hard_memory_limits_finds_the_only_split() -> Non
     found = milp.solve(problem, time_limit_s=20)
     assert [(stage.first, stage.end) for stage in found.stages] == [(0, 2), (2, 4)]
     assert found.ratio == 1.0
+
+
+def test_integer_programme_of_a_stage_one_byte_too_large_finds_the_split_that_fits() -> None:
+    # HiGHS's tolerance of 1e-6 of the whole model is 600 bytes here: 30 | 10, 5, 5 is best, but a byte too large.
+    sizes = (100_000_000, 100_000_000, 100_000_000, 300_000_001)
+    operators = tuple(
+        Operator(f"v{number}", f"v{number}", work, (number,)) for number, work in enumerate((30, 10, 5, 5))
+    )
+    parameters = tuple(Parameter(f"p{number}", size) for number, size in enumerate(sizes))
+    tensors = tuple(Tensor(f"t{number}", number, (number + 1,), 1) for number in range(3))
+    graph = ModelGraph("tight", operators, tensors, parameters)
+    problem = Problem(graph, _nodes(graph, 2, memory=500_000_000), Links(_GIGABYTE), terms=_TERMS)
+    found = milp.solve(problem, time_limit_s=20)
+    assert [(stage.first, stage.end) for stage in found.stages] == [(0, 2), (2, 4)]
+    assert found.value_ns == 41
+
+
+def _answers(monkeypatch: pytest.MonkeyPatch, change: Callable[[bool, Any], None]) -> Problem:
+    """A problem whose plain slicing is optimal but not proven; `change(presolve, result)` edits HiGHS's answers."""
+    actual: Any = scipy.optimize.milp
+
+    def answer(*arguments: Any, options: dict[str, Any], **rest: Any) -> Any:
+        result = actual(*arguments, options=options, **rest)
+        change(options["presolve"], result)
+        return result
+
+    monkeypatch.setattr(milp, "milp", answer)
+    graph = _chain([10] * 6, size=3)
+    return Problem(graph, _nodes(graph, 3), Links(_GIGABYTE), terms=_TERMS)
+
+
+def _fail(result: Any) -> None:
+    result.status, result.x, result.mip_dual_bound = 4, None, None
+
+
+def test_integer_programme_whose_runs_agree_proves_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = milp.solve(_answers(monkeypatch, lambda _presolve, _result: None), time_limit_s=20)
+    assert (found.value_ns, found.lower_bound_ns, found.bound) == (26, 26, "milp")
+
+
+def test_integer_programme_that_fails_in_the_first_units_is_solved_in_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = {True: 2, False: 1}
+
+    def change(presolve: bool, result: Any) -> None:
+        if failures[presolve]:
+            failures[presolve] -= 1
+            _fail(result)
+
+    found = milp.solve(_answers(monkeypatch, change), time_limit_s=20)
+    assert (found.value_ns, found.lower_bound_ns, found.bound) == (26, 26, "milp")
+    assert failures == {True: 0, False: 0}
+
+
+def _fail_with_presolve(presolve: bool, result: Any) -> None:
+    if presolve:
+        _fail(result)
+
+
+def _bound_too_high(presolve: bool, result: Any) -> None:
+    if presolve:
+        result.mip_dual_bound *= 1.2
+
+
+def _nothing_found(presolve: bool, result: Any) -> None:
+    if not presolve:
+        result.status, result.x, result.mip_dual_bound = 2, None, None
+
+
+@pytest.mark.parametrize("change", [_fail_with_presolve, _bound_too_high, _nothing_found])
+def test_integer_programme_whose_runs_disagree_gives_the_better_plan_without_a_proof(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[bool, Any], None]
+) -> None:
+    found = milp.solve(_answers(monkeypatch, change), time_limit_s=20)
+    assert (found.value_ns, found.lower_bound_ns, found.bound) == (26, 20, "work")
+
+
+def test_integer_programme_that_fails_where_slicing_fails_does_not_say_that_there_is_no_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = _answers(monkeypatch, lambda _presolve, result: _fail(result))
+
+    def no_plan(_problem: Problem) -> Partition:
+        raise PlanningError("nothing")
+
+    monkeypatch.setattr(slice_graph, "solve", no_plan)
+    with pytest.raises(PlanningError, match="give it more time"):
+        milp.solve(problem, time_limit_s=20)
+
+
+def test_integer_programme_of_what_fits_nowhere_says_so() -> None:
+    graph = _chain([10] * 4, parameter=100)
+    with pytest.raises(PlanningError, match="400 bytes"):
+        milp.solve(Problem(graph, _nodes(graph, 2, memory=150), Links(_GIGABYTE), terms=_TERMS), time_limit_s=20)
