@@ -681,6 +681,12 @@ class Storage:
             largest = connection.scalar(select(func.max(_transactions.c.nonce)).where(_transactions.c.sender == sender))
         return 0 if largest is None else int(largest) + 1
 
+    def has_nonce(self, sender: str, nonce: int) -> bool:
+        """Whether an intent of `sender`, in any state, has this nonce."""
+        query = select(_intents.c.sequence).where(_intents.c.sender == sender, _intents.c.nonce == nonce)
+        with self._read() as connection:
+            return connection.scalar(query) is not None
+
     def assign_transaction(self, sequence: int, transaction: SignedTransaction) -> None:
         """Give a wanted intent its nonce and its signed transaction, in one transaction, before any broadcast."""
         with self._write() as connection:

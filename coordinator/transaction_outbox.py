@@ -4,8 +4,10 @@ Owns the coordinator key's nonces. Promises OUTBOX-01: an intent is stored befor
 signed transaction are stored together before the first broadcast, so that a restart sends the same bytes again and
 never a second transaction beside them. A slow transaction is replaced under its own nonce with higher fees, a dropped
 one is sent again, one that a reorganisation took back goes back to sent, and one whose nonce another program used
-gets a new nonce once that is confirmed. A refusal of the contracts is stored with its decoded reason, and tried again
-only if somebody still wants the intent. One instance a key; does not decide what is wanted.
+gets a new nonce once that is confirmed. A nonce that another program's transaction had until a reorganisation took it
+back, and for which nothing waits, gets an empty transfer: else all behind it would wait forever. A refusal of the
+contracts is stored with its decoded reason, and tried again only if somebody still wants the intent. One instance a
+key; does not decide what is wanted.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ class TransactionOutbox:
         self._clock = clock
         self._blocking = run_blocking
         self._one_pass = asyncio.Lock()
-        # Since which head a nonce has been seen used by somebody else; forgotten at a restart, which only delays.
-        self._lost_since: dict[int, int] = {}
+        # The head at which a nonce was seen used by somebody else; forgotten at a restart, which only delays.
+        self._lost_since: dict[int, Block] = {}
         self.wake = asyncio.Event()
 
     @property
@@ -111,6 +113,7 @@ class TransactionOutbox:
             next_to_mine = await self._chain.transaction_count(self.sender, pending=False) if open_ else 0
             for record in open_:
                 counts[await self._follow_up(record, head, next_to_mine)] += 1
+            counts["broadcast"] += await self._fill_gap(open_, next_to_mine)
             room = self._limits.in_flight - len(open_)
             if room > 0:
                 wanted = await self._blocking(lambda: self._storage.intents((IntentState.WANTED,), room, self.sender))
@@ -165,6 +168,8 @@ class TransactionOutbox:
                 f"intent {record.intent.key} is {record.state} without a nonce: the database was changed by hand"
             )
         transactions = await self._blocking(lambda: self._storage.transactions(record.sequence, nonce))
+        # Each replaces the one before at a higher fee. The clock does not tell: it may stand still or be set back.
+        transactions.sort(key=lambda item: int(item.fields["maxFeePerGas"]))
         receipt = await self._receipt(transactions)
         if receipt is not None:
             return await self._mined(record, receipt, head)
@@ -237,10 +242,16 @@ class TransactionOutbox:
 
     async def _nonce_used(self, record: IntentRecord, nonce: int, head: Block) -> str:
         """The account is past our nonce and none of our transactions has a receipt: another program used it."""
-        since = self._lost_since.setdefault(record.sequence, head.number)
-        if head.number < since:
-            self._lost_since[record.sequence] = head.number
-        elif head.number - since >= self._limits.confirmations:
+        since = self._lost_since.get(record.sequence)
+        known = None if since is None else await self._chain.block(since.number)
+        if since is None or known is None or known.hash != since.hash:
+            # In another branch the other transaction may be in a later block: its confirmations are counted anew.
+            self._lost_since.pop(record.sequence, None)
+            seen = await self._chain.head()
+            used = await self._chain.transaction_count(self.sender, pending=False) > nonce
+            if used and (await self._chain.head()).hash == seen.hash:
+                self._lost_since[record.sequence] = seen
+        elif head.number - since.number >= self._limits.confirmations:
             _log.error(
                 "nonce_used_by_another_program",
                 key=record.intent.key,
@@ -251,6 +262,34 @@ class TransactionOutbox:
             self._lost_since.pop(record.sequence, None)
             self.wake.set()
         return "waiting"
+
+    async def _fill_gap(self, open_: list[IntentRecord], next_to_mine: int) -> bool:
+        """Send an empty transfer under the next nonce if open transactions wait behind it and nobody has one for it.
+
+        It is not stored: two of them, before and after a kill, exclude each other and change nothing.
+        """
+        nonces = {record.nonce for record in open_ if record.nonce is not None}
+        if next_to_mine in nonces or max(nonces, default=0) <= next_to_mine:
+            return False
+        # An intent has it that was confirmed or refused: the follower opens it again, or the endpoint lags behind.
+        if await self._blocking(lambda: self._storage.has_nonce(self.sender, next_to_mine)):
+            return False
+        if await self._chain.transaction_count(self.sender, pending=True) != next_to_mine:
+            return False
+        fields = await self._chain.prepare_transfer(self.sender, 0, sender=self.sender, nonce=next_to_mine)
+        filler = self._sign(next_to_mine, fields)
+        _log.warning(
+            "free_nonce_filled",
+            nonce=next_to_mine,
+            transaction="0x" + filler.hash.hex(),
+            advice="a reorganisation took back another program's transaction: this key must have one owner",
+        )
+        try:
+            await self._chain.send_raw(filler.raw)
+        except ChainUnavailableError as error:
+            _log.warning("broadcast_failed", transaction="0x" + filler.hash.hex(), error=str(error))
+            return False
+        return True
 
     async def _push(self, record: IntentRecord, transactions: list[SignedTransaction], is_next: bool) -> str:
         """Broadcast what was never or long ago broadcast; replace what waits too long at the front of the queue."""

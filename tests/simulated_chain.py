@@ -238,7 +238,17 @@ class SimulatedChain:
         }
 
     async def prepare_transfer(self, recipient: str, value: int, *, sender: str, nonce: int) -> dict[str, Any]:
-        raise NotImplementedError("the simulated chain has no transfers")
+        self._fault()
+        return {
+            "from": sender,
+            "nonce": nonce,
+            "contract": "Transfer",
+            "function": recipient,
+            "arguments": "",
+            "value": value,
+            "maxFeePerGas": 1_000,
+            "maxPriorityFeePerGas": 100,
+        }
 
     async def send_raw(self, raw: bytes) -> bytes:
         self._fault()

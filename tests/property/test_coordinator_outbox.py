@@ -183,6 +183,7 @@ def test_intents_through_any_weather_take_effect_exactly_once(template: Path, ac
     async def body(storage: Storage, _path: Path) -> None:
         world = World(storage, CrashPlan(None))
         wanted: dict[str, Intent] = {}
+        highest = world.chain.height
         for action in actions:
             match action:
                 case ("want", number):
@@ -193,8 +194,12 @@ def test_intents_through_any_weather_take_effect_exactly_once(template: Path, ac
                 case ("mine",):
                     world.chain.mine()
                 case ("reorganise", keep, length):
-                    # Less deep than the confirmations: deeper ones are the follower's to report (roll_back reopens).
-                    world.chain.reorganise(_LIMITS.confirmations - 1, *([()] * length), keep_transactions=keep)
+                    # Less deep below the highest head than the confirmations, also several in a row: deeper ones are
+                    # the follower's to report (roll_back reopens).
+                    highest = max(highest, world.chain.height)
+                    depth = world.chain.height - (highest - _LIMITS.confirmations + 1)
+                    if depth > 0:
+                        world.chain.reorganise(depth, *([()] * length), keep_transactions=keep)
                     if world.chain.height < 1:
                         world.chain.mine()
                 case ("drop",):
