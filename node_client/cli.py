@@ -42,6 +42,7 @@ EXIT_UNAVAILABLE: Final = 4
 WEI: Final = 10**18
 _CLOCK_SKEW_SECONDS: Final = 60
 _LOW_DISK_BYTES: Final = 1024**3
+_SWITCH_SECONDS: Final = 0.0005
 
 Result = TypeVar("Result")
 
@@ -357,6 +358,8 @@ def _serve(settings: NodeSettings, print_config: bool, *, register: bool) -> Non
         typer.echo(json.dumps(settings.shown(), indent=2))
         return
     _configure_logs(settings.log_level)
+    # Torch's thread and the event loop hand the interpreter to one another many times a token: neither waits 5 ms.
+    sys.setswitchinterval(_SWITCH_SECONDS)
 
     async def serve_until_signal() -> None:
         from node_client.service import NodeService, Ready

@@ -295,9 +295,15 @@ class Pipeline:
                 f"a frame holds at most {MAXIMUM_FRAME_BYTES} bytes; send more frames",
             )
         if frame.frame_index == 0:
-            if len(stream.partial) >= _MAXIMUM_PARTIAL and key not in stream.partial:
+            expected = self._checked_size(session, frame)
+            stream.partial.pop(key, None)
+            if frame.frame_count == 1:
+                # A token's row on its way around the ring: nothing to put together.
+                self._take_tensor(stream, session, frame, frame.payload, expected)
+                return
+            if len(stream.partial) >= _MAXIMUM_PARTIAL:
                 raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "too many tensors are open on one stream")
-            stream.partial[key] = _PartialTensor(frame, self._checked_size(session, frame))
+            stream.partial[key] = _PartialTensor(frame, expected)
         partial = stream.partial.get(key)
         if partial is None or partial.next_frame != frame.frame_index or partial.first.step != frame.step:
             raise Refusal(
@@ -315,26 +321,31 @@ class Pipeline:
             )
         partial.data += frame.payload
         partial.next_frame += 1
-        if partial.next_frame < partial.first.frame_count:
-            return
-        del stream.partial[key]
-        if len(partial.data) != partial.expected_bytes:
+        if partial.next_frame == partial.first.frame_count:
+            del stream.partial[key]
+            self._take_tensor(stream, session, partial.first, bytes(partial.data), partial.expected_bytes)
+
+    @staticmethod
+    def _take_tensor(
+        stream: ForwardStream, session: Session, first: execution_pb2.StepFrame, data: bytes, expected: int
+    ) -> None:
+        """A step's tensor is whole; `first` is its first frame."""
+        if len(data) != expected:
             raise Refusal(
                 ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
-                f"{len(partial.data)} bytes received, {partial.first.rows} rows take {partial.expected_bytes}",
+                f"{len(data)} bytes received, {first.rows} rows take {expected}",
             )
-        data = bytes(partial.data)
-        digest = bytes(partial.first.digest)
+        digest = first.digest
         if len(data) <= _HASH_INLINE_BYTES and hashlib.sha256(data).digest() != digest:
             raise Refusal(
                 ErrorReason.ERROR_REASON_DIGEST_MISMATCH,
                 "the bytes received do not have the digest announced; send the step again",
             )
         try:
-            session.inbox.put_nowait(_Step(stream, frame.step, partial.first.position, data, digest))
+            session.inbox.put_nowait(_Step(stream, first.step, first.position, data, digest))
         except asyncio.QueueFull:
             raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "too many steps wait for the session") from None
-        if session.stage == 0 and frame.step == 0:
+        if session.stage == 0 and first.step == 0:
             # From here on, so that a requester may end its side of the stream right after the prompt.
             stream.attached.add(session)
 
