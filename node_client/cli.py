@@ -75,7 +75,11 @@ ModelCache = Annotated[Path | None, typer.Option("--model-cache", help="folder t
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="threads of a forward pass")]
 Device = Annotated[str | None, typer.Option("--device", help="where torch computes: cpu, cuda or cuda:1")]
 Arithmetic = Annotated[
-    str | None, typer.Option("--arithmetic", help="of decoders' matrices: float32, bfloat16 or int8 (8-bit weights)")
+    str | None,
+    typer.Option(
+        "--arithmetic",
+        help="of decoders' matrices: float32, int8 (8-bit weights) or bfloat16 (its committees see coarse cheats only)",
+    ),
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="show the effective settings and end")]
 

@@ -29,6 +29,7 @@ from bsns.protocol.commitments import (
     input_commitment,
     sketch_seed,
     stage_commitment,
+    token_bytes,
 )
 from bsns.protocol.hand_over import (
     MAXIMUM_STATEMENTS,
@@ -51,7 +52,7 @@ from node_client.evidence_store import StageResult
 from node_client.peers import PeerPool
 from node_client.session_store import sampling_from_message
 from node_client.settings import NodeSettings
-from node_client.shard_runtime import Rows, ShardRuntime, encoding_of_input, holds_head, new_sketch
+from node_client.shard_runtime import Rows, ShardRuntime, encoding_of_input, holds_head, new_sketch, tolerance_of
 
 if TYPE_CHECKING:
     from bsns.v1.execution_pb2_grpc import ShardExecutionAsyncStub
@@ -275,7 +276,7 @@ class Reexecution:
         )
         try:
             sketch = new_sketch(sketch_seed(case.request_id, stage), executor)
-            head = holds_head(executor)
+            head, tolerance = holds_head(executor), tolerance_of(executor).logit_tolerance
             steps = fetched.shown.evidence.steps
             number = 0
             draws_hold = True
@@ -284,7 +285,7 @@ class Reexecution:
                 # In the compute thread, one step after the other.
                 nonlocal number, draws_hold
                 sketch.add(rows)
-                if head and not self._is_draw(rows, fetched, number):
+                if head and not _is_draw(rows, fetched, number, tolerance):
                     draws_hold = False
                 number += 1
 
@@ -304,27 +305,29 @@ class Reexecution:
         finally:
             self._runtime.release(executor)
 
-    def _is_draw(self, logits: Rows, fetched: FetchedEvidence, number: int) -> bool:
-        """Whether the token that the stage sent at step `number` is a draw from these logits.
 
-        The token itself is not in the evidence, only its digest: the next step's input of stage 0 is. So the
-        candidates are the tokens whose digest it can be; an honest one is among the likeliest, and the search ends at
-        the first that fits.
-        """
-        wanted = fetched.shown.evidence.steps[number].output_digest
-        token = _token_of_digest(wanted, logits)
-        if token is None:
-            return False
-        try:
-            return is_consistent_draw(logits[-1], fetched.sampling, number, token, self._settings.draw_tolerance)
-        except SamplingError:
-            return False
+def _is_draw(logits: Rows, fetched: FetchedEvidence, number: int, tolerance: float) -> bool:
+    """Whether the token that the stage sent at step `number` is a draw from these logits.
+
+    The token itself is not in the evidence, only its digest: the next step's input of stage 0 is. So the candidates are
+    the tokens whose digest it can be; an honest one is among the likeliest, and the search ends at the first that fits.
+    """
+    token = _token_of_digest(fetched.shown.evidence.steps[number].output_digest, logits)
+    if token is None:
+        return False
+    try:
+        return is_consistent_draw(logits[-1], fetched.sampling, number, token, tolerance)
+    except SamplingError:
+        return False
 
 
 def _token_of_digest(digest: bytes, logits: Rows) -> int | None:
     """The token id whose four bytes have `digest`, likeliest first; None if there is none in the vocabulary."""
-    for token in np.argsort(-logits[-1], kind="stable"):
-        if content_digest(int(token).to_bytes(4, "little")) == digest:
+    likeliest = int(np.argmax(logits[-1]))
+    if content_digest(token_bytes([likeliest])) == digest:
+        return likeliest  # without sorting the vocabulary: a greedy answer has no other
+    for token in np.argsort(-logits[-1], kind="stable").tolist():
+        if content_digest(token_bytes([token])) == digest:
             return int(token)
     return None
 

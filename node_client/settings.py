@@ -72,7 +72,11 @@ class NodeSettings(BaseSettings):
 
     # Compute and memory
     threads: int = Field(default=1, ge=1, le=256)
-    device: str = Field(default="cpu", pattern=r"^(cpu|cuda)(:\d+)?$", description="where torch computes")
+    device: str = Field(
+        default="cpu",
+        pattern=r"^(cpu|cuda)(:\d+)?$",
+        description="where torch computes; the tolerances of cuda are not measured yet",
+    )
     arithmetic: Literal["float32", "bfloat16", "int8"] = Field(
         default="float32", description="how decoders' matrices are kept and multiplied; a plan promises it"
     )
@@ -84,9 +88,6 @@ class NodeSettings(BaseSettings):
     cache_memory_bytes: int = Field(default=1024 * MIB, ge=1, description="KV caches of all sessions together")
     reexecution_rows: int = Field(
         default=32, ge=1, le=4096, description="rows of one piece of a re-execution; bounds the wait of live sessions"
-    )
-    draw_tolerance: float = Field(
-        default=1e-3, gt=0, le=1, description="largest honest difference of a logit between two machines"
     )
 
     # Sessions

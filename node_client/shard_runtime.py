@@ -26,7 +26,7 @@ from bsns.protocol.identifiers import ModelId, model_id
 from bsns.protocol.manifest import EXPORTED, ManifestError, ModelManifest
 from bsns.protocol.plan import execution_class_id
 from bsns.protocol.sampling import SamplingError, SamplingParameters, draw
-from bsns.protocol.sketch import TOLERANCES, SketchError, StageSketch
+from bsns.protocol.sketch import TOLERANCES, SketchError, SketchTolerance, StageSketch
 from bsns.runtime import activation_codec
 from bsns.runtime.activation_codec import ActivationError, TensorEncoding, encoded_size, takes_blockwise
 from bsns.runtime.executor import (
@@ -371,7 +371,14 @@ def decode_input(executor: ShardExecutor, data: bytes, rows: int) -> Any:
     )
 
 
+def tolerance_of(executor: ShardExecutor) -> SketchTolerance:
+    """What honest executions in the executor's class may differ by; a class that was not measured is judged as the
+    strictest.
+    """
+    return TOLERANCES.get(executor.execution_class, _DEFAULT_TOLERANCE)
+
+
 def new_sketch(seed: bytes, executor: ShardExecutor) -> StageSketch:
     """The sketch of a stage's outputs, in the unit of its execution class."""
-    unit = TOLERANCES.get(executor.execution_class, _DEFAULT_TOLERANCE).unit
+    unit = tolerance_of(executor).unit
     return StageSketch(seed, executor.manifest.row_width(executor.end_unit), unit, centred=holds_head(executor))

@@ -49,12 +49,14 @@ class SketchTolerance:
 
     `unit` is the width of one step of a coordinate (standard deviations of the sketch). `honest_radius` r bounds the
     distance of any two honest sketches, `pay_within` τ = 2r pays, beyond `slash_beyond` = 2τ blame is certain
-    (field-notes §2.4). `fingerprint_radius` is the same bound for a step's fingerprint.
+    (field-notes §2.4). `fingerprint_radius` is the same bound for a step's fingerprint, `logit_tolerance` for one logit
+    of the stage with the head (absolute): what a token's draw is judged with.
     """
 
     unit: float
     honest_radius: int
     fingerprint_radius: int
+    logit_tolerance: float = 1e-3
 
     @property
     def pay_within(self) -> int:
@@ -67,13 +69,23 @@ class SketchTolerance:
         return 4 * self.honest_radius
 
 
-# Measured by benchmarks/sketch_separation.py on one machine, 4 prompts, 3 stages (field-notes §2.4: r must be measured
-# for each class). Largest honest distance from token-by-token decoding: 9 for sketches, 11 for fingerprints; smallest
-# of a cheat: 1405 and 412. r leaves room for kernels of processors that were not at hand; the same prompts that chose r
-# also measured
-# it.
+# Measured by benchmarks/sketch_separation.py on one machine, 3 stages (field-notes §2.4: r must be measured for each
+# class). Distances are from token-by-token decoding by itself; r leaves room for processors that were not at hand. The
+# prompts that chose units and radii also measured them.
 TOLERANCES: Final[dict[str, SketchTolerance]] = {
+    # 5 prompts. Largest honest distance: 9 for sketches, 10 for fingerprints, 6.4e-5 for a logit; smallest of a cheat:
+    # 921 (one block with bfloat16 weights) and 233 (fp16 products; the next is 358).
     "torch-cpu/float32/sdpa": SketchTolerance(unit=1e-5, honest_radius=64, fingerprint_radius=48),
+    # 3 prompts. Rounding to 8 bits of mantissa after each matrix turns any noise into noise of its own size: honest
+    # rows differ by up to 2e-2, more than bfloat16 differs from float32. Largest honest distance 24, fingerprint 42,
+    # logit 0.5. Weights in 4 bits and a block left out lie at 141 and more, which is beyond τ and not beyond 2τ; all
+    # that is finer lies within r or near it (int8: 15 to 62) and goes unseen. A smaller unit would put honest
+    # executions of stages of more than ten blocks at risk.
+    "torch-cpu/bfloat16/sdpa": SketchTolerance(unit=2e-2, honest_radius=64, fingerprint_radius=96, logit_tolerance=1.0),
+    # 3 prompts. Products are exact, so what is left is the noise of attention, norms and activations, and a batch
+    # leaves a decoding step's bits alone. Largest honest distance 10, fingerprint 14, logit 1.4e-4; smallest of a
+    # cheat 1338 and 259.
+    "torch-cpu/int8/sdpa": SketchTolerance(unit=2e-5, honest_radius=64, fingerprint_radius=32),
     # Captured models, which hand on one row: EfficientNet-Lite0 on 8 pictures, single units to the whole model. Largest
     # honest distance (threads, oneDNN on and off, SSE instead of AVX): 18 and 21; smallest of a cheat with bfloat16 or
     # 8-bit weights, or bfloat16 arithmetic: 1402 and 612. One row averages nothing: a unit as wide as that of decoders

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bsns.protocol.sketch import TOLERANCES, SketchError, StageSketch, distance, fingerprint_distance
+from bsns.runtime.weight_formats import ARITHMETICS
 
 TOLERANCE = TOLERANCES["torch-cpu/float32/sdpa"]
 WIDTH = 576
@@ -21,24 +22,46 @@ def perturbed(values: np.ndarray, relative: float, seed: int) -> np.ndarray:
     return (values + relative * scale * noise).astype(np.float32)
 
 
+# What two honest executions of a class differ by in a row, as benchmarks/sketch_separation.py measured it.
+HONEST_NOISE = {"float32": 3e-6, "bfloat16": 1e-2, "int8": 6e-6}
+
+
+def test_every_arithmetic_that_can_be_declared_has_a_tolerance() -> None:
+    assert {f"torch-cpu/{arithmetic}/sdpa" for arithmetic in ARITHMETICS} <= TOLERANCES.keys()
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("count", [1, 40])
 @pytest.mark.parametrize("number", range(5))
-def test_float_noise_stays_within_the_radius(count: int, number: int) -> None:
-    seed, honest = bytes([number]) * 32, rows(count, number)
-    a, b = (StageSketch(seed, WIDTH, TOLERANCE.unit) for _ in range(2))
-    gap = fingerprint_distance(a.add(honest), b.add(perturbed(honest, 3e-6, number + 100)))
-    assert gap <= TOLERANCE.fingerprint_radius
-    assert distance(a.value(), b.value()) <= TOLERANCE.honest_radius
+def test_honest_noise_of_a_class_stays_within_its_radius(arithmetic: str, count: int, number: int) -> None:
+    seed, honest, tolerance = bytes([number]) * 32, rows(count, number), TOLERANCES[f"torch-cpu/{arithmetic}/sdpa"]
+    a, b = (StageSketch(seed, WIDTH, tolerance.unit) for _ in range(2))
+    gap = fingerprint_distance(a.add(honest), b.add(perturbed(honest, HONEST_NOISE[arithmetic], number + 100)))
+    assert gap <= tolerance.fingerprint_radius
+    assert distance(a.value(), b.value()) <= tolerance.honest_radius
 
 
+@pytest.mark.parametrize("arithmetic", ["float32", "int8"])
 @pytest.mark.parametrize("relative", [2e-3, 2e-2, 0.3])
 @pytest.mark.parametrize("number", range(5))
-def test_cheat_lies_beyond_seven_radii(relative: float, number: int) -> None:
-    seed, honest = bytes([number]) * 32, rows(40, number)
-    a, b = (StageSketch(seed, WIDTH, TOLERANCE.unit) for _ in range(2))
+def test_cheat_lies_beyond_seven_radii(arithmetic: str, relative: float, number: int) -> None:
+    seed, honest, tolerance = bytes([number]) * 32, rows(40, number), TOLERANCES[f"torch-cpu/{arithmetic}/sdpa"]
+    a, b = (StageSketch(seed, WIDTH, tolerance.unit) for _ in range(2))
     gap = fingerprint_distance(a.add(honest), b.add(perturbed(honest, relative, number + 100)))
-    assert gap > 7 * TOLERANCE.fingerprint_radius
-    assert distance(a.value(), b.value()) > 7 * TOLERANCE.honest_radius
+    assert gap > 7 * tolerance.fingerprint_radius
+    assert distance(a.value(), b.value()) > 7 * tolerance.honest_radius
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_declared_bfloat16_does_not_tell_eight_bits_apart_but_pays_no_four_bits(number: int) -> None:
+    seed, honest, tolerance = bytes([number]) * 32, rows(40, number), TOLERANCES["torch-cpu/bfloat16/sdpa"]
+    sketches = []
+    for relative in (0.0, 2e-2, 0.2):
+        sketches.append(StageSketch(seed, WIDTH, tolerance.unit))
+        sketches[-1].add(perturbed(honest, relative, number + 100))
+    exact, eight_bits, four_bits = (sketch.value() for sketch in sketches)
+    assert distance(exact, eight_bits) <= tolerance.honest_radius
+    assert distance(exact, four_bits) > tolerance.pay_within
 
 
 def test_other_seed_gives_unrelated_sketch() -> None:
