@@ -365,6 +365,8 @@ def _serve(settings: NodeSettings, print_config: bool, *, register: bool) -> Non
     # Torch's thread and the event loop hand the interpreter to one another many times a token: neither waits 5 ms.
     sys.setswitchinterval(_SWITCH_SECONDS)
 
+    import uvloop
+
     async def serve_until_signal() -> None:
         from node_client.service import NodeService, Ready
 
@@ -379,7 +381,7 @@ def _serve(settings: NodeSettings, print_config: bool, *, register: bool) -> Non
 
         await service.run(ready)
 
-    _run(serve_until_signal())
+    _run(serve_until_signal(), uvloop.run)
 
 
 def _settings(config: Path | None, **given: Any) -> NodeSettings:
@@ -409,8 +411,10 @@ def _failure(message: str, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
-def _run(work: Coroutine[Any, Any, Result]) -> Result:
-    return _guarded(lambda: asyncio.run(work))
+def _run(
+    work: Coroutine[Any, Any, Result], run: Callable[[Coroutine[Any, Any, Result]], Result] = asyncio.run
+) -> Result:
+    return _guarded(lambda: run(work))
 
 
 async def _with_client(
