@@ -67,16 +67,6 @@ _CODEC_SECONDS: Final = {
 _LEAST_GAIN: Final = 2.0
 
 
-def encoding_of(number: int) -> TensorEncoding:
-    """The encoding of a wire number; `ActivationError` for an unknown one."""
-    try:
-        return TensorEncoding(number)
-    except ValueError:
-        raise ActivationError(
-            f"encoding {number} is unknown; this release knows {[int(e) for e in TensorEncoding]}"
-        ) from None
-
-
 def encoded_size(encoding: TensorEncoding, shape: Sequence[int]) -> int:
     """Bytes of a tensor of `shape`: [rows, width], of TOKEN_IDS [rows].
 

@@ -22,7 +22,6 @@ from bsns.runtime.activation_codec import (
     encode,
     encoded_size,
     encoding_for_link,
-    encoding_of,
     takes_blockwise,
 )
 from bsns.v1 import common_pb2
@@ -105,8 +104,6 @@ def test_wrong_dtype_or_encoding_is_refused() -> None:
         encode(IDS, torch.zeros(2))
     with pytest.raises(ActivationError, match="token ids"):
         encode(IDS, torch.tensor([-1]))
-    with pytest.raises(ActivationError, match="unknown"):
-        encoding_of(9)
 
 
 def test_encodings_have_the_numbers_of_the_wire() -> None:
