@@ -168,6 +168,13 @@ def request(
         bool, typer.Option("--token-ids", help="Show token ids in the output and disclose them in the record.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for verdict and payment.")] = True,
+    share_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--share-prompt/--no-share-prompt",
+            help="Show the prompt to the node of the last stage too, which can then draft what the answer quotes.",
+        ),
+    ] = True,
     state_dir: _StateDir = DEFAULT_STATE_DIR,
     model_folder: _ModelFolder = None,
     as_json: _Json = False,
@@ -186,7 +193,9 @@ def request(
             raise _UsageError(str(error)) from error
         if record is not None and not record.parent.is_dir():
             raise _UsageError(f"{record.parent} is not a folder: the record could not be written there")
-        async with _client(rpc, deployment, key_file, password_file, state_dir, model_folder) as client:
+        async with _client(
+            rpc, deployment, key_file, password_file, state_dir, model_folder, share_prompt=share_prompt
+        ) as client:
             asked = _asked(client, prompt, prompt_ids, image)
             with _Stream(as_json) as stream:
                 answer = await client.request(
@@ -509,13 +518,22 @@ async def _report_answer(
 
 @contextlib.asynccontextmanager
 async def _client(
-    rpc: str, deployment: Path, key_file: Path, password_file: Path | None, state_dir: Path, model_folder: Path | None
+    rpc: str,
+    deployment: Path,
+    key_file: Path,
+    password_file: Path | None,
+    state_dir: Path,
+    model_folder: Path | None,
+    *,
+    share_prompt: bool = True,
 ) -> Any:
     from bsns.requester.client import Client
 
     known, signer = _deployment(deployment), _signer(key_file, password_file)
     folder = _model_folder(model_folder)
-    async with await Client.connect(rpc, known, signer, state_dir, model_folder=folder) as client:
+    async with await Client.connect(
+        rpc, known, signer, state_dir, model_folder=folder, share_prompt=share_prompt
+    ) as client:
         yield client
 
 

@@ -14,7 +14,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
@@ -49,6 +49,7 @@ class Step(Generic[Result]):
     prepare: Callable[[], Tensor]
     finish: Callable[[list[Tensor]], Result]
     future: asyncio.Future[Result]
+    logit_rows: Sequence[int] | None = None
     inputs: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list)
     done: int = 0
@@ -83,12 +84,14 @@ class ComputeThread:
         rows: int,
         prepare: Callable[[], Tensor],
         finish: Callable[[list[Tensor]], Result],
+        logit_rows: Sequence[int] | None = None,
     ) -> Result:
-        """Result of one step of a live session. `finish` gets the outputs of its pieces in order. Raises what
-        `prepare`, the executor or `finish` raise; Refusal where too many steps wait.
+        """Result of one step of a live session. `finish` gets the outputs of its pieces in order. `logit_rows`, of a
+        step of at most `PIECE_ROWS_BESIDE` rows, is as in `BatchStep`. Raises what `prepare`, the executor or `finish`
+        raise; Refusal where too many steps wait.
         """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._add(self._steps, Step(executor, session, position, rows, prepare, finish, future))
+        self._add(self._steps, Step(executor, session, position, rows, prepare, finish, future, logit_rows))
         return await future
 
     async def run(self, function: Callable[[], Result]) -> Result:
@@ -206,9 +209,8 @@ class ComputeThread:
         inputs = []
         for step, piece in zip(steps, pieces, strict=True):
             assert step.inputs is not None, "prepared above"
-            inputs.append(
-                BatchStep(step.session, step.inputs[step.done : step.done + piece], step.position + step.done)
-            )
+            part = step.inputs[step.done : step.done + piece]
+            inputs.append(BatchStep(step.session, part, step.position + step.done, step.logit_rows))
         self.batches[len(steps)] = self.batches.get(len(steps), 0) + 1
         try:
             return pieces, list(executor.forward_batch(inputs))

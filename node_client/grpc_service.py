@@ -179,6 +179,13 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
                                 payload=data[first : first + _FRAME_PAYLOAD],
                             )
                         )
+                    output = await loop.run_in_executor(
+                        None, self._evidence.step_output, recorded.request, recorded.stage, number
+                    )
+                    if output is not None:
+                        yield execution_pb2.GetStageEvidenceResponse(
+                            output=execution_pb2.StageOutput(step=number, payload=output)
+                        )
         except Exception as error:
             await _abort(context, error)
 

@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bsns.protocol.commitments import content_digest, token_bytes
+from bsns.protocol.commitments import step_digest, token_bytes
 from bsns.protocol.identifiers import ModelId, model_id
 from bsns.protocol.manifest import EXPORTED, ManifestError, ModelManifest
 from bsns.protocol.plan import execution_class_id
-from bsns.protocol.sampling import SamplingError, SamplingParameters, draw
+from bsns.protocol.sampling import SamplingError
 from bsns.protocol.sketch import TOLERANCES, SketchError, SketchTolerance, StageSketch
 from bsns.runtime import activation_codec
 from bsns.runtime.activation_codec import ActivationError, TensorEncoding, encoded_size, takes_blockwise
@@ -42,6 +42,7 @@ from bsns.runtime.weight_formats import ARITHMETICS
 from bsns.runtime.weight_store import WeightStore, WeightStoreError
 from node_client.compute_thread import ComputeThread
 from node_client.errors import ErrorReason, Refusal
+from node_client.prompt_lookup import Drawn
 
 Rows = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -68,18 +69,21 @@ class ExecutorFactory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step of one stage produced: the exact bytes for the successor with their digest, and the rows that are
-    sketched.
+    """What one step of one stage produced: the exact bytes for the successor, which take them as `rows` rows from
+    `position` on, with their digest; and the rows that are sketched.
 
-    `payload` is [rows, width of the cut] in `encoding`, or for the last stage the drawn token (class) as int32;
-    `sketched` is float32 [rows, width of the cut] before it was encoded, or the logits [1, vocabulary].
+    `payload` is [rows, width of the cut] in `encoding`, or for the last stage the drawn token (class) and its drafts as
+    int32; `sketched` is float32 [rows, width of the cut] before it was encoded, or the logits: of each row, but of the
+    prompt's last one only.
     """
 
     payload: bytes
     encoding: TensorEncoding
+    position: int
+    rows: int
     digest: bytes
     sketched: Rows
-    token: int | None
+    drawn: Drawn | None
 
 
 class ShardRuntime:
@@ -197,12 +201,13 @@ class ShardRuntime:
     def _arithmetic_of(self, execution_class: bytes, manifest: ModelManifest) -> str:
         """The arithmetic of a class that this node can run for the model."""
         kernel = "aten" if manifest.architecture == EXPORTED else "sdpa"
+        device = self._device.partition(":")[0]  # a class says what kind of device computes, not which
         for arithmetic in ARITHMETICS:
-            if execution_class_id(f"torch-{self._device}/{arithmetic}/{kernel}") == execution_class:
+            if execution_class_id(f"torch-{device}/{arithmetic}/{kernel}") == execution_class:
                 return arithmetic
         raise Refusal(
             ErrorReason.ERROR_REASON_WEIGHTS_UNAVAILABLE,
-            f"execution class 0x{execution_class.hex()} is none of torch-{self._device}/{ARITHMETICS}/{kernel}, which "
+            f"execution class 0x{execution_class.hex()} is none of torch-{device}/{ARITHMETICS}/{kernel}, which "
             "this node can run",
         )
 
@@ -224,30 +229,41 @@ class ShardRuntime:
         *,
         rows: int,
         position: int,
-        step: int,
-        sampling: SamplingParameters,
+        take: Callable[[Rows], Drawn],
         output_encoding: TensorEncoding = TensorEncoding.RAW_FLOAT32,
     ) -> StepOutput:
-        """One step of a live session. Refusal for bytes that are not the tensor expected; the session is then as
-        before. `output_encoding` is how a stage that draws nothing hands its rows on.
+        """One step of a live session, which first forgets every row from `position` on. Refusal for bytes that are not
+        the tensor expected; the session then holds `position` rows at the most.
+
+        A stage with the head draws: `take` gets the logits. `output_encoding` is how another hands its rows on.
         """
+        head = holds_head(executor)
+
+        def prepare() -> torch.Tensor:
+            tensor: torch.Tensor = decode_input(executor, data, rows)
+            if session.position > position:
+                session.truncate(position)
+            return tensor
 
         def finish(outputs: list[torch.Tensor]) -> StepOutput:
-            output = outputs[-1] if holds_head(executor) or len(outputs) == 1 else torch.cat(outputs)
+            output = outputs[-1] if head or len(outputs) == 1 else torch.cat(outputs)
             sketched: Rows = output.detach().cpu().numpy().astype(np.float32, copy=False)
             if not np.isfinite(sketched).all():
                 raise Refusal(
                     ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
                     "the step gives NaN or infinity: the activations received are not those of the model",
                 )
-            if holds_head(executor):
-                token = draw(sketched[-1], sampling, step)
-                payload, encoding = token_bytes([token]), TensorEncoding.TOKEN_IDS
+            drawn, encoding, next_position, next_rows = None, output_encoding, position, rows
+            if head:
+                drawn, encoding = take(sketched), TensorEncoding.TOKEN_IDS
+                next_position += len(drawn.tokens) if position else rows
+                next_rows = 1 + len(drawn.drafts)
+                payload = token_bytes((drawn.tokens[-1], *drawn.drafts))
             else:
-                token, encoding = None, output_encoding
                 payload = activation_codec.encode(encoding, output)
             # Here and not on the event loop: one row of a vision model takes up to a few megabytes.
-            return StepOutput(payload, encoding, content_digest(payload), sketched, token)
+            digest = step_digest(payload, next_position, next_rows)
+            return StepOutput(payload, encoding, next_position, next_rows, digest, sketched, drawn)
 
         try:
             return await self.compute.step(
@@ -255,8 +271,9 @@ class ShardRuntime:
                 session,
                 position=position,
                 rows=rows,
-                prepare=lambda: decode_input(executor, data, rows),
+                prepare=prepare,
                 finish=finish,
+                logit_rows=range(rows) if head and position else None,
             )
         except ActivationError as error:
             raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, str(error)) from error
@@ -266,21 +283,21 @@ class ShardRuntime:
     async def reexecute(
         self,
         executor: ShardExecutor,
-        inputs: Iterable[tuple[bytes, int]],
+        inputs: Iterable[tuple[bytes, int, int]],
         chunk_rows: int,
         take: Callable[[Rows], None],
     ) -> None:
-        """Teacher-forced pass over (bytes, rows) of each step in order; `take` gets each step's output rows in the
-        compute thread.
+        """Teacher-forced pass over (bytes, position, rows) of each step in order; `take` gets what was sketched of each
+        step's output (`StepOutput`) in the compute thread.
 
         Refusal if the bytes are not what the stage takes. Runs in pieces of `chunk_rows` rows between other work.
         """
 
         def begin() -> Iterator[Any]:
-            steps, position = [], 0
-            for data, rows in inputs:
-                steps.append(StepInput(position, decode_input(executor, data, rows)))
-                position += rows
+            steps = [
+                StepInput(position, decode_input(executor, data, rows), rows if position else 1)
+                for data, position, rows in inputs
+            ]
             return iterate_reexecution(executor, steps, chunk_rows=chunk_rows)
 
         def advance(outputs: Iterator[Any]) -> bool:
