@@ -604,6 +604,13 @@ class Pipeline:
         """Run the next step, hand its output on, and leave the rest to the recording thread."""
         number, rows = session.next_step, session.rows_of(session.next_step)
         assert session.cache is not None, "an active session has a cache"
+
+        def hand_on(output: StepOutput) -> None:
+            session.input_digests.append(digest)
+            session.next_step += 1
+            session.position += rows
+            self._hand_on(session, number, output)
+
         output = await self._runtime.step(
             session.executor,
             session.cache,
@@ -613,11 +620,8 @@ class Pipeline:
             step=number,
             sampling=session.opening.sampling,
             output_encoding=self._output_encoding(session, rows),
+            deliver=hand_on,
         )
-        session.input_digests.append(digest)
-        session.next_step += 1
-        session.position += rows
-        self._hand_on(session, number, output)
         await self._await_recordings(session)
         # Submitted before anything else can be: statements about this step are checked after it.
         recording = asyncio.get_running_loop().run_in_executor(

@@ -227,9 +227,11 @@ class ShardRuntime:
         step: int,
         sampling: SamplingParameters,
         output_encoding: TensorEncoding = TensorEncoding.RAW_FLOAT32,
+        deliver: Callable[[StepOutput], None] | None = None,
     ) -> StepOutput:
         """One step of a live session. Refusal for bytes that are not the tensor expected; the session is then as
-        before. `output_encoding` is how a stage that draws nothing hands its rows on.
+        before. `output_encoding` is how a stage that draws nothing hands its rows on; `deliver` gets the output on the
+        event loop before anything else happens there.
         """
 
         def finish(outputs: list[torch.Tensor]) -> StepOutput:
@@ -257,6 +259,7 @@ class ShardRuntime:
                 rows=rows,
                 prepare=lambda: decode_input(executor, data, rows),
                 finish=finish,
+                deliver=deliver,
             )
         except ActivationError as error:
             raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, str(error)) from error
