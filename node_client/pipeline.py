@@ -364,8 +364,8 @@ class Pipeline:
         """Bytes of the whole tensor, from what the session expects and not from what the frame says."""
         if frame.step > session.opening.sampling.maximum_tokens:
             raise Refusal(ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER, "the step lies beyond the tokens that were paid")
-        encoding = next((item for item in session.encodings_of(frame.step) if int(item) == frame.encoding), None)
-        if encoding is None:
+        expected = session.sizes_of(frame.step).get(frame.encoding)
+        if expected is None:
             raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, "this stage takes another encoding")
         rows = session.rows_of(frame.step)
         if frame.rows != rows:
@@ -381,7 +381,6 @@ class Pipeline:
             raise Refusal(
                 ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, "the first frame of a step carries its digest, 32 bytes"
             )
-        expected = session.input_bytes_of(frame.step, encoding)
         # An honest sender fills its frames; this leaves room for any other sensible size.
         if not 1 <= frame.frame_count <= max(1, expected // 4096 + 1):
             raise Refusal(

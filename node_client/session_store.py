@@ -96,6 +96,8 @@ class Session:
     token_chains: list[bytes] = field(default_factory=list)
     returned_chains: list[bytes] = field(default_factory=list)
     opened_at: float = 0.0
+    # What `sizes_of` found, for the prompt and for a token.
+    _sizes: dict[bool, dict[int, int]] = field(default_factory=dict)
 
     @property
     def key(self) -> SessionKey:
@@ -149,6 +151,15 @@ class Session:
         if self.stage == 0 and step > 0:
             return VALUE_BYTES
         return input_bytes(self.manifest, self.executor.first_unit, self.rows_of(step), encoding)
+
+    def sizes_of(self, step: int) -> dict[int, int]:
+        """Bytes of the input of a step in each encoding that it may travel in, by the encoding's wire number."""
+        prompt = step == 0
+        if prompt not in self._sizes:
+            self._sizes[prompt] = {
+                int(encoding): self.input_bytes_of(step, encoding) for encoding in self.encodings_of(step)
+            }
+        return self._sizes[prompt]
 
     def is_final(self, token: int, tokens: int) -> bool:
         """Whether `token`, the `tokens`-th drawn, ends the answer."""

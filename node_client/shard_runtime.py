@@ -236,7 +236,7 @@ class ShardRuntime:
 
         def finish(outputs: list[torch.Tensor]) -> StepOutput:
             output = outputs[-1] if holds_head(executor) or len(outputs) == 1 else torch.cat(outputs)
-            sketched: Rows = output.detach().cpu().numpy().astype(np.float32, copy=False)
+            sketched: Rows = output.numpy(force=True).astype(np.float32, copy=False)
             if not np.isfinite(sketched).all():
                 raise Refusal(
                     ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
