@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -245,6 +246,9 @@ class ShardRuntime:
             if holds_head(executor):
                 token = draw(sketched[-1], sampling, step)
                 payload, encoding = token_bytes([token]), TensorEncoding.TOKEN_IDS
+            elif output_encoding is TensorEncoding.RAW_FLOAT32:
+                token, encoding = None, output_encoding
+                payload = sketched.astype("<f4", copy=False).tobytes()
             else:
                 token, encoding = None, output_encoding
                 payload = activation_codec.encode(encoding, output)
@@ -355,11 +359,17 @@ def encoding_of_input(manifest: ModelManifest, first_unit: int, rows: int, size:
     """The encoding in which the input of `rows` rows takes `size` bytes; ActivationError if there is none. No two take
     the same, so that a stage cannot show the bytes of its input as another encoding than it received.
     """
-    sizes = {input_bytes(manifest, first_unit, rows, item): item for item in input_encodings(manifest, first_unit)}
+    sizes = _sizes(input_encodings(manifest, first_unit), rows, manifest.row_width(first_unit))
     try:
         return sizes[size]
     except KeyError:
         raise ActivationError(f"{size} bytes received, {rows} rows take {' or '.join(map(str, sizes))}") from None
+
+
+@lru_cache(maxsize=1024)
+def _sizes(encodings: tuple[TensorEncoding, ...], rows: int, width: int) -> Mapping[int, TensorEncoding]:
+    """The encodings by the bytes that rows of `width` values take in them."""
+    return {encoded_size(item, (rows, width)): item for item in encodings}
 
 
 def decode_input(executor: ShardExecutor, data: bytes, rows: int) -> Any:
