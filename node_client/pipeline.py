@@ -721,8 +721,9 @@ class Pipeline:
                     ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
                     f"stage 0 forwarded {session.next_step} steps, the end is announced after {end.steps}",
                 )
-            reason = end.finish_reason
-            await self._end_here(session, reason)
+            # The statement that came before the end is part of the answer.
+            await self._await_recordings(session, 1)
+            await self._end_here(session, end.finish_reason)
             if session.state is SessionState.SEALED and session.ended_message is None:
                 session.ended_message = execution_pb2.SessionEnded(
                     request_id=session.request_id,
@@ -808,26 +809,48 @@ class Pipeline:
     # -- statements
 
     async def _handle_statement(self, session: Session, item: _StatementReceived) -> None:
-        statement = item.statement
-        if len(statement.chain) != BYTES32:
+        """Leave it to the recording thread: the next step does not wait for a neighbour's signature, nor for the disk
+        behind it.
+        """
+        if len(item.statement.chain) != BYTES32:
             return
-        from_predecessor = item.stream is not None
+        await self._await_recordings(session)
+        checking = asyncio.get_running_loop().run_in_executor(
+            self._recorder, lambda: self._check_statement(session, item.statement, item.stream is not None)
+        )
+        session.recordings.append(checking)
+        checking.add_done_callback(lambda done: self._statement_checked(session, item, done))
+
+    def _check_statement(
+        self, session: Session, statement: common_pb2.SignedHandOver, from_predecessor: bool
+    ) -> Refusal | StorageError | None:
+        """In the recording thread: why a statement is not kept."""
         try:
-            await self._in_recorder(lambda: self._keep_statement(session, statement, from_predecessor))
+            self._keep_statement(session, statement, from_predecessor)
         except (Refusal, StorageError) as error:
-            log.warning(
-                "statement_refused",
-                request_id=session.request_id.hex(),
-                stage=session.stage,
-                step=statement.step,
-                detail=str(error),
-            )
-            if isinstance(error, Refusal) and error.reason == ErrorReason.ERROR_REASON_DIGEST_MISMATCH:
-                # The neighbour signed for other bytes than we have: going on could only end in a dispute.
-                self._fail(session, error)
+            return error
+        return None
+
+    def _statement_checked(
+        self, session: Session, item: _StatementReceived, done: asyncio.Future[Refusal | StorageError | None]
+    ) -> None:
+        if done.cancelled():
             return
-        if from_predecessor and session.stage == 0:
-            session.final_statement = statement
+        if (broken := done.exception()) is not None:
+            self._fail(session, _storage_refusal(broken))
+            return
+        error = done.result()
+        if error is None:
+            if item.stream is not None and session.stage == 0:
+                session.final_statement = item.statement
+            return
+        log.warning(
+            "statement_refused", request_id=session.request_id.hex(), stage=session.stage,
+            step=item.statement.step, detail=str(error),
+        )  # fmt: skip
+        if isinstance(error, Refusal) and error.reason == ErrorReason.ERROR_REASON_DIGEST_MISMATCH:
+            # The neighbour signed for other bytes than we have: going on could only end in a dispute.
+            self._fail(session, error)
 
     def _keep_statement(self, session: Session, statement: common_pb2.SignedHandOver, from_predecessor: bool) -> None:
         """In the recording thread, after the steps before it: check a neighbour's statement against our own bytes and
