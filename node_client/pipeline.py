@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ from node_client.signing_guard import DutyKind, SigningGuard
 _PAYLOAD_BYTES: Final = MAXIMUM_FRAME_BYTES - 1024
 # Tensors up to this size are hashed on the event loop (about a millisecond); larger ones in the recording thread.
 _HASH_INLINE_BYTES: Final = MAXIMUM_FRAME_BYTES
+# What is left to do about a step waits so long for the next stage to begin: a small machine has no core for both.
+_RECORDING_PAUSE_S: Final = 0.004
 # Partly received tensors one stream may leave open.
 _MAXIMUM_PARTIAL: Final = 64
 
@@ -187,6 +190,8 @@ class Pipeline:
         self._sessions, self._runtime, self._evidence, self._guard = sessions, runtime, evidence, guard
         self._start, self._on_sealed, self._bandwidth_to = start, on_sealed, bandwidth_to
         self._recorder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bsns-recording")
+        # Steps that it has not finished with.
+        self._unrecorded = 0
         self.peers = PeerPool(
             settings,
             signer,
@@ -623,6 +628,7 @@ class Pipeline:
         )
         await self._await_recordings(session)
         # Submitted before anything else can be: statements about this step are checked after it.
+        self._unrecorded += 1
         recording = asyncio.get_running_loop().run_in_executor(
             self._recorder,
             lambda: self._record(session, number, rows, data, digest, output),
@@ -906,6 +912,9 @@ class Pipeline:
         self, session: Session, number: int, rows: int, data: bytes, digest: bytes, output: StepOutput
     ) -> _Recorded:
         """Sketch, evidence and, every few steps, the two statements of one step."""
+        if self._unrecorded == 1:
+            # Not where steps queue up: those of other sessions are then being computed anyway.
+            time.sleep(_RECORDING_PAUSE_S)
         fingerprint = session.sketch.add(output.sketched)
         leaf = session.builder.add(rows, digest, output.digest, fingerprint)
         encoding = encoding_of_input(session.manifest, session.executor.first_unit, rows, len(data))
@@ -940,6 +949,7 @@ class Pipeline:
         )
 
     def _recorded(self, session: Session, done: asyncio.Future[_Recorded]) -> None:
+        self._unrecorded -= 1
         if done.cancelled():
             return
         error = done.exception()
