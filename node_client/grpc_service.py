@@ -39,8 +39,8 @@ _DETAILS_KEY: Final = "grpc-status-details-bin"
 # Status messages travel in HTTP headers, whose size is limited.
 _MAXIMUM_DETAIL: Final = 1024
 _FRAME_PAYLOAD: Final = MAXIMUM_FRAME_BYTES - 1024
-# What caused an answer (a token to relay, a step to sign for) is on its way to the compute thread meanwhile: writing would
-# take the interpreter from it.
+# What caused an answer (a token to relay, a step to sign for) is on its way to the compute thread meanwhile; writing at
+# once would take the interpreter from it.
 _ANSWER_PAUSE_S: Final = 0.001
 
 log = structlog.get_logger(__name__)
