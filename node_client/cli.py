@@ -9,7 +9,6 @@ Decides nothing else: see node_client.service.
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import os
@@ -377,9 +376,6 @@ def _serve(settings: NodeSettings, print_config: bool, *, register: bool) -> Non
             loop.add_signal_handler(number, service.stop)
 
         def ready(value: Ready) -> None:
-            # What start-up made stays; looking through it again and again would hold up steps.
-            gc.collect()
-            gc.freeze()
             typer.echo(json.dumps({"event": "ready", **asdict(value)}))
             sys.stdout.flush()
 

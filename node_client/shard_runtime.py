@@ -10,6 +10,7 @@ own. Does not know sessions' rules, peers or the chain.
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -179,6 +180,8 @@ class ShardRuntime:
                     )
                 except (WeightStoreError, ExecutionError) as error:
                     raise Refusal(ErrorReason.ERROR_REASON_WEIGHTS_UNAVAILABLE, str(error)) from error
+                # The libraries and the model stay: to look through them for garbage would stop a step for 0.1 s.
+                gc.freeze()
             self._executors.move_to_end(key)
             executor = self._executors[key]
             self._in_use[id(executor)] = self._in_use.get(id(executor), 0) + 1
