@@ -609,11 +609,22 @@ class Pipeline:
         number, rows = session.next_step, session.rows_of(session.next_step)
         assert session.cache is not None, "an active session has a cache"
 
-        def hand_on(output: StepOutput) -> None:
+        written = False
+
+        def write(output: StepOutput) -> None:
+            # In the compute thread, so that the output need not wait for the event loop.
+            nonlocal written
+            session.unacknowledged = self._frames(session, number, output)
+            written = len(session.unacknowledged) == 1 and self.peers.write_now(
+                session.successor, session.unacknowledged[0]
+            )
+
+        def count(_output: StepOutput) -> None:
             session.input_digests.append(digest)
             session.next_step += 1
             session.position += rows
-            self._hand_on(session, number, output)
+            if not written:
+                self._repeat_output(session)
 
         output = await self._runtime.step(
             session.executor,
@@ -624,7 +635,8 @@ class Pipeline:
             step=number,
             sampling=session.opening.sampling,
             output_encoding=self._output_encoding(session, rows),
-            deliver=hand_on,
+            write=write,
+            deliver=count,
         )
         await self._await_recordings(session)
         # Submitted before anything else can be: statements about this step are checked after it.
@@ -656,13 +668,14 @@ class Pipeline:
             case other:
                 assert_never(other)
 
-    def _hand_on(self, session: Session, number: int, output: StepOutput) -> None:
-        """Send one step's output to the next stage; the last stage's token becomes the next step of stage 0."""
+    @staticmethod
+    def _frames(session: Session, number: int, output: StepOutput) -> list[execution_pb2.ForwardRequest]:
+        """One step's output as it goes to the next stage; the last stage's token becomes the next step of stage 0."""
         payload, digest = output.payload, output.digest
         step = number + 1 if session.is_last else number
         count = max(1, -(-len(payload) // _PAYLOAD_BYTES))
         encoding = common_pb2.TensorEncoding.ValueType(output.encoding)
-        frames = [
+        return [
             execution_pb2.ForwardRequest(
                 frame=execution_pb2.StepFrame(
                     request_id=session.request_id,
@@ -679,9 +692,6 @@ class Pipeline:
             )
             for index in range(count)
         ]
-        session.unacknowledged = frames
-        for message in frames:
-            self._send(session, message)
 
     def _send(self, session: Session, message: execution_pb2.ForwardRequest) -> None:
         """To the next stage; a peer that takes nothing fails the session."""

@@ -231,11 +231,12 @@ class ShardRuntime:
         step: int,
         sampling: SamplingParameters,
         output_encoding: TensorEncoding = TensorEncoding.RAW_FLOAT32,
+        write: Callable[[StepOutput], None] = lambda _: None,
         deliver: Callable[[StepOutput], None] | None = None,
     ) -> StepOutput:
         """One step of a live session. Refusal for bytes that are not the tensor expected; the session is then as
-        before. `output_encoding` is how a stage that draws nothing hands its rows on; `deliver` gets the output on the
-        event loop before anything else happens there.
+        before. `output_encoding` is how a stage that draws nothing hands its rows on. `write` gets the output
+        in the compute thread as soon as it is there, then `deliver` on the event loop before anything else happens.
         """
 
         def finish(outputs: list[torch.Tensor]) -> StepOutput:
@@ -256,7 +257,9 @@ class ShardRuntime:
                 token, encoding = None, output_encoding
                 payload = activation_codec.encode(encoding, output)
             # Here and not on the event loop: one row of a vision model takes up to a few megabytes.
-            return StepOutput(payload, encoding, content_digest(payload), sketched, token)
+            result = StepOutput(payload, encoding, content_digest(payload), sketched, token)
+            write(result)
+            return result
 
         try:
             return await self.compute.step(
