@@ -43,7 +43,7 @@ EXIT_UNAVAILABLE: Final = 4
 WEI: Final = 10**18
 _CLOCK_SKEW_SECONDS: Final = 60
 _LOW_DISK_BYTES: Final = 1024**3
-_SWITCH_SECONDS: Final = 0.0005
+_SWITCH_SECONDS: Final = 0.0002
 
 Result = TypeVar("Result")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ from node_client.signing_guard import DutyKind, SigningGuard
 _PAYLOAD_BYTES: Final = MAXIMUM_FRAME_BYTES - 1024
 # Tensors up to this size are hashed on the event loop (about a millisecond); larger ones in the recording thread.
 _HASH_INLINE_BYTES: Final = MAXIMUM_FRAME_BYTES
+# What is left to do about a step waits so long for the next stage to begin: a small machine has no core for both.
+_RECORDING_PAUSE_S: Final = 0.004
 # Partly received tensors one stream may leave open.
 _MAXIMUM_PARTIAL: Final = 64
 
@@ -188,6 +191,8 @@ class Pipeline:
         self._sessions, self._runtime, self._evidence, self._guard = sessions, runtime, evidence, guard
         self._start, self._on_sealed, self._bandwidth_to = start, on_sealed, bandwidth_to
         self._recorder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bsns-recording")
+        # Steps that it has not finished with.
+        self._unrecorded = 0
         self.peers = PeerPool(
             settings,
             signer,
@@ -605,6 +610,21 @@ class Pipeline:
             )
         # Rows of sessions that run together cost time each, where those of one alone wait for the same weights.
         most_drafts = self._settings.speculation_tokens // max(1, self._sessions.active)
+        written = False
+
+        def write(output: StepOutput) -> None:
+            # In the compute thread, so that the output need not wait for the event loop.
+            nonlocal written
+            session.unacknowledged = self._frames(session, step.step, output)
+            written = len(session.unacknowledged) == 1 and self.peers.write_now(
+                session.successor, session.unacknowledged[0]
+            )
+
+        def count(_output: StepOutput) -> None:
+            session.executed.append(ExecutedStep(step.position, step.rows, step.digest))
+            if not written:
+                self._repeat_output(session)
+
         output = await self._runtime.step(
             session.executor,
             session.cache,
@@ -613,11 +633,12 @@ class Pipeline:
             position=step.position,
             take=lambda logits: session.take(logits, most_drafts),
             output_encoding=self._output_encoding(session, step.rows),
+            write=write,
+            deliver=count,
         )
-        session.executed.append(ExecutedStep(step.position, step.rows, step.digest))
-        self._hand_on(session, step.step, output)
         await self._await_recordings(session)
         # Submitted before anything else can be: statements about this step are checked after it.
+        self._unrecorded += 1
         recording = asyncio.get_running_loop().run_in_executor(
             self._recorder, lambda: self._record(session, step, output)
         )
@@ -643,13 +664,14 @@ class Pipeline:
             case other:
                 assert_never(other)
 
-    def _hand_on(self, session: Session, number: int, output: StepOutput) -> None:
-        """Send one step's output to the next stage; the last stage's becomes the next step of stage 0."""
+    @staticmethod
+    def _frames(session: Session, number: int, output: StepOutput) -> list[execution_pb2.ForwardRequest]:
+        """One step's output as it goes to the next stage; the last stage's becomes the next step of stage 0."""
         payload, digest = output.payload, output.digest
         step = number + 1 if session.is_last else number
         count = max(1, -(-len(payload) // _PAYLOAD_BYTES))
         encoding = common_pb2.TensorEncoding.ValueType(output.encoding)
-        frames = [
+        return [
             execution_pb2.ForwardRequest(
                 frame=execution_pb2.StepFrame(
                     request_id=session.request_id,
@@ -666,9 +688,6 @@ class Pipeline:
             )
             for index in range(count)
         ]
-        session.unacknowledged = frames
-        for message in frames:
-            self._send(session, message)
 
     def _send(self, session: Session, message: execution_pb2.ForwardRequest) -> None:
         """To the next stage; a peer that takes nothing fails the session."""
@@ -730,6 +749,9 @@ class Pipeline:
         if session.stage > 0 and session.state is not SessionState.ACTIVE:
             return
         session.check_end(end.steps, end.tokens)
+        if session.stage == 0:
+            # The statement that came before the end is part of the answer.
+            await self._await_recordings(session, 1)
         await self._end_here(session, end.finish_reason, end.tokens)
         if session.stage == 0 and session.state is SessionState.SEALED and session.ended_message is None:
             session.ended_message = execution_pb2.SessionEnded(
@@ -810,26 +832,48 @@ class Pipeline:
     # -- statements
 
     async def _handle_statement(self, session: Session, item: _StatementReceived) -> None:
-        statement = item.statement
-        if len(statement.chain) != BYTES32:
+        """Leave it to the recording thread: the next step does not wait for a neighbour's signature, nor for the disk
+        behind it.
+        """
+        if len(item.statement.chain) != BYTES32:
             return
-        from_predecessor = item.stream is not None
+        await self._await_recordings(session)
+        checking = asyncio.get_running_loop().run_in_executor(
+            self._recorder, lambda: self._check_statement(session, item.statement, item.stream is not None)
+        )
+        session.recordings.append(checking)
+        checking.add_done_callback(lambda done: self._statement_checked(session, item, done))
+
+    def _check_statement(
+        self, session: Session, statement: common_pb2.SignedHandOver, from_predecessor: bool
+    ) -> Refusal | StorageError | None:
+        """In the recording thread: why a statement is not kept."""
         try:
-            await self._in_recorder(lambda: self._keep_statement(session, statement, from_predecessor))
+            self._keep_statement(session, statement, from_predecessor)
         except (Refusal, StorageError) as error:
-            log.warning(
-                "statement_refused",
-                request_id=session.request_id.hex(),
-                stage=session.stage,
-                step=statement.step,
-                detail=str(error),
-            )
-            if isinstance(error, Refusal) and error.reason == ErrorReason.ERROR_REASON_DIGEST_MISMATCH:
-                # The neighbour signed for other bytes than we have: going on could only end in a dispute.
-                self._fail(session, error)
+            return error
+        return None
+
+    def _statement_checked(
+        self, session: Session, item: _StatementReceived, done: asyncio.Future[Refusal | StorageError | None]
+    ) -> None:
+        if done.cancelled():
             return
-        if from_predecessor and session.stage == 0:
-            session.final_statement = statement
+        if (broken := done.exception()) is not None:
+            self._fail(session, _storage_refusal(broken))
+            return
+        error = done.result()
+        if error is None:
+            if item.stream is not None and session.stage == 0:
+                session.final_statement = item.statement
+            return
+        log.warning(
+            "statement_refused", request_id=session.request_id.hex(), stage=session.stage,
+            step=item.statement.step, detail=str(error),
+        )  # fmt: skip
+        if isinstance(error, Refusal) and error.reason == ErrorReason.ERROR_REASON_DIGEST_MISMATCH:
+            # The neighbour signed for other bytes than we have: going on could only end in a dispute.
+            self._fail(session, error)
 
     def _keep_statement(self, session: Session, statement: common_pb2.SignedHandOver, from_predecessor: bool) -> None:
         """In the recording thread, after the steps before it: check a neighbour's statement against our own bytes and
@@ -882,6 +926,9 @@ class Pipeline:
 
     def _record(self, session: Session, step: _Step, output: StepOutput) -> _Recorded:
         """Sketch, evidence and, every few steps, the two statements of one step."""
+        if self._unrecorded == 1:
+            # Not where steps queue up: those of other sessions are then being computed anyway.
+            time.sleep(_RECORDING_PAUSE_S)
         fingerprint = session.sketch.add(output.sketched)
         leaf = session.builder.add(step.rows, step.digest, output.digest, fingerprint, position=step.position)
         encoding = encoding_of_input(session.manifest, session.executor.first_unit, step.rows, len(step.data))
@@ -918,6 +965,7 @@ class Pipeline:
         )
 
     def _recorded(self, session: Session, done: asyncio.Future[_Recorded]) -> None:
+        self._unrecorded -= 1
         if done.cancelled():
             return
         error = done.exception()

@@ -10,10 +10,12 @@ own. Does not know sessions' rules, peers or the chain.
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -182,6 +184,8 @@ class ShardRuntime:
                     )
                 except (WeightStoreError, ExecutionError) as error:
                     raise Refusal(ErrorReason.ERROR_REASON_WEIGHTS_UNAVAILABLE, str(error)) from error
+                # The libraries and the model stay: to look through them for garbage would stop a step for 0.1 s.
+                gc.freeze()
             self._executors.move_to_end(key)
             executor = self._executors[key]
             self._in_use[id(executor)] = self._in_use.get(id(executor), 0) + 1
@@ -231,11 +235,15 @@ class ShardRuntime:
         position: int,
         take: Callable[[Rows], Drawn],
         output_encoding: TensorEncoding = TensorEncoding.RAW_FLOAT32,
+        write: Callable[[StepOutput], None] = lambda _: None,
+        deliver: Callable[[StepOutput], None] | None = None,
     ) -> StepOutput:
         """One step of a live session, which first forgets every row from `position` on. Refusal for bytes that are not
         the tensor expected; the session then holds `position` rows at the most.
 
-        A stage with the head draws: `take` gets the logits. `output_encoding` is how another hands its rows on.
+        A stage with the head draws: `take` gets the logits. `output_encoding` is how another hands its rows on. `write`
+        gets the output in the compute thread as soon as it is there, then `deliver` on the event loop before anything
+        else happens.
         """
         head = holds_head(executor)
 
@@ -247,7 +255,7 @@ class ShardRuntime:
 
         def finish(outputs: list[torch.Tensor]) -> StepOutput:
             output = outputs[-1] if head or len(outputs) == 1 else torch.cat(outputs)
-            sketched: Rows = output.detach().cpu().numpy().astype(np.float32, copy=False)
+            sketched: Rows = output.numpy(force=True).astype(np.float32, copy=False)
             if not np.isfinite(sketched).all():
                 raise Refusal(
                     ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
@@ -259,11 +267,15 @@ class ShardRuntime:
                 next_position += len(drawn.tokens) if position else rows
                 next_rows = 1 + len(drawn.drafts)
                 payload = token_bytes((drawn.tokens[-1], *drawn.drafts))
+            elif output_encoding is TensorEncoding.RAW_FLOAT32:
+                payload = sketched.astype("<f4", copy=False).tobytes()
             else:
                 payload = activation_codec.encode(encoding, output)
             # Here and not on the event loop: one row of a vision model takes up to a few megabytes.
             digest = step_digest(payload, next_position, next_rows)
-            return StepOutput(payload, encoding, next_position, next_rows, digest, sketched, drawn)
+            result = StepOutput(payload, encoding, next_position, next_rows, digest, sketched, drawn)
+            write(result)
+            return result
 
         try:
             return await self.compute.step(
@@ -273,6 +285,7 @@ class ShardRuntime:
                 rows=rows,
                 prepare=prepare,
                 finish=finish,
+                deliver=deliver,
                 logit_rows=range(rows) if head and position else None,
             )
         except ActivationError as error:
@@ -369,11 +382,17 @@ def encoding_of_input(manifest: ModelManifest, first_unit: int, rows: int, size:
     """The encoding in which the input of `rows` rows takes `size` bytes; ActivationError if there is none. No two take
     the same, so that a stage cannot show the bytes of its input as another encoding than it received.
     """
-    sizes = {input_bytes(manifest, first_unit, rows, item): item for item in input_encodings(manifest, first_unit)}
+    sizes = _sizes(input_encodings(manifest, first_unit), rows, manifest.row_width(first_unit))
     try:
         return sizes[size]
     except KeyError:
         raise ActivationError(f"{size} bytes received, {rows} rows take {' or '.join(map(str, sizes))}") from None
+
+
+@lru_cache(maxsize=1024)
+def _sizes(encodings: tuple[TensorEncoding, ...], rows: int, width: int) -> Mapping[int, TensorEncoding]:
+    """The encodings by the bytes that rows of `width` values take in them."""
+    return {encoded_size(item, (rows, width)): item for item in encodings}
 
 
 def decode_input(executor: ShardExecutor, data: bytes, rows: int) -> Any:
