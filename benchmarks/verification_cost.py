@@ -130,7 +130,7 @@ def kept_bytes(recording: Recording, opening: InputOpening) -> dict[str, int]:
         for step in steps:
             data = step.inputs.numpy().tobytes()
             leaf = builder.add(len(step.inputs), content_digest(data), content_digest(data), bytes(FINGERPRINT_BYTES))
-            store.add_step(bytes(32), 1, leaf, 1, data)
+            store.add_step(bytes(32), 1, leaf, 1, data, data)
         store.close()
         grown = path.stat().st_size - empty
     leaf_bytes = 3 * 4 + 4 * 32

@@ -2,8 +2,8 @@
 
 Owns one SQLite file. Promises that what `seal` and `save_attestation` return from is on the disk (write-ahead log,
 synchronous FULL), so that a commitment sent afterwards can still be opened after kill -9; and that the bytes kept
-never exceed the budget. Keeps for each stage the step leaves, the exact input bytes, of a last stage the output bytes,
-the sealed result with its salt, the opening of the input commitment and the newest statement of each neighbour, until
+never exceed the budget. Keeps for each stage the step leaves, the exact bytes that came in and went out, the
+sealed result with its salt, the opening of the input commitment and the newest statement of each neighbour, until
 `forget`; and the contradictions of others, until they are reported. Prompts are in here and nowhere else on disk: the
 file is readable by its owner only. Does not decide when a dispute is over.
 """
@@ -170,12 +170,12 @@ class EvidenceStore:
         self._refresh()
 
     def add_step(
-        self, request: bytes, stage: int, step: EvidenceStep, encoding: int, data: bytes, output: bytes | None = None
+        self, request: bytes, stage: int, step: EvidenceStep, encoding: int, data: bytes, output: bytes
     ) -> None:
-        """Keep one step and the exact bytes of its input, and of its `output` where the committee will ask for them.
+        """Keep one step and the exact bytes of its input and of its `output`.
         StorageFullError if disk or budget are used up.
         """
-        cost = len(data) + len(output or b"") + _STEP_OVERHEAD_BYTES
+        cost = len(data) + len(output) + _STEP_OVERHEAD_BYTES
         with self._lock:
             if self._used + cost > self._budget:
                 raise StorageFullError(
@@ -188,10 +188,9 @@ class EvidenceStore:
                     "INSERT OR REPLACE INTO step VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                     (request, stage, *step.as_tuple(), encoding, data),
                 )
-                if output is not None:
-                    self._database.execute(
-                        "INSERT OR REPLACE INTO output VALUES (?,?,?,?)", (request, stage, step.step, output)
-                    )
+                self._database.execute(
+                    "INSERT OR REPLACE INTO output VALUES (?,?,?,?)", (request, stage, step.step, output)
+                )
             self._used += cost
 
     def save_statement(self, request: bytes, stage: int, statement: Statement) -> None:
@@ -261,13 +260,15 @@ class EvidenceStore:
             raise StorageError(f"the input of step {step} of stage {stage} is not on record")
         return int(row[0]), bytes(row[1])
 
-    def step_output(self, request: bytes, stage: int, step: int) -> bytes | None:
-        """Exact bytes of one step's output; None for a stage whose outputs are not kept."""
+    def step_output(self, request: bytes, stage: int, step: int) -> bytes:
+        """Exact bytes of one step's output."""
         with self._lock, self._errors():
             row = self._database.execute(
                 "SELECT payload FROM output WHERE request = ? AND stage = ? AND step = ?", (request, stage, step)
             ).fetchone()
-        return None if row is None else bytes(row[0])
+        if row is None:
+            raise StorageError(f"the output of step {step} of stage {stage} is not on record")
+        return bytes(row[0])
 
     def statements(self, request: bytes, stage: int) -> tuple[Statement, ...]:
         with self._lock, self._errors():

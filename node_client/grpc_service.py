@@ -185,9 +185,11 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
                     output = await loop.run_in_executor(
                         None, self._evidence.step_output, recorded.request, recorded.stage, number
                     )
-                    if output is not None:
+                    for first in range(0, len(output), _FRAME_PAYLOAD):
                         yield execution_pb2.GetStageEvidenceResponse(
-                            output=execution_pb2.StageOutput(step=number, payload=output)
+                            output=execution_pb2.StageOutput(
+                                step=number, payload=output[first : first + _FRAME_PAYLOAD]
+                            )
                         )
         except Exception as error:
             await _abort(context, error)

@@ -932,9 +932,8 @@ class Pipeline:
         fingerprint = session.sketch.add(output.sketched)
         leaf = session.builder.add(step.rows, step.digest, output.digest, fingerprint, position=step.position)
         encoding = encoding_of_input(session.manifest, session.executor.first_unit, step.rows, len(step.data))
-        # The tokens that a last stage handed on: its committee judges their draws.
-        shown = output.payload if session.is_last else None
-        self._evidence.add_step(session.request_id, session.stage, leaf, int(encoding), step.data, shown)
+        # With what was handed on: the committee compares it with what it computes, a sketch alone would not show it.
+        self._evidence.add_step(session.request_id, session.stage, leaf, int(encoding), step.data, output.payload)
         if step.step % self._settings.statement_interval_steps:
             return _Recorded(step.step, None, None)
         return self._state(session)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc.aio
 import structlog
+import torch
 
 from bsns.chain.signer import Signer
 from bsns.protocol.commitments import (
@@ -44,7 +45,7 @@ from bsns.protocol.identifiers import BYTES32, ZERO_HASH, ModelId, ProtocolError
 from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.sampling import SamplingError, SamplingParameters, is_consistent_draw
 from bsns.protocol.typed_data import EVIDENCE_QUERY, signing_digest
-from bsns.runtime.activation_codec import ActivationError
+from bsns.runtime.activation_codec import ActivationError, can_be_handed_on
 from bsns.v1 import execution_pb2
 from node_client.chain_view import ChainView, RequestView, SigningDomains, StageView
 from node_client.errors import ErrorReason, Refusal
@@ -70,12 +71,13 @@ class EvidenceInvalidError(Exception):
 
 @dataclass(frozen=True)
 class FetchedEvidence:
-    """Evidence that opened the commitment; `inputs[t]` are the exact input bytes of step t, if they were asked for, and
-    `draws[t]` then the tokens that a last stage drew from its rows, in their order; empty for another stage.
+    """Evidence that opened the commitment. If tensors were asked for, `inputs[t]` are the exact input bytes of step t;
+    `outputs[t]` those that it handed on, or of a last stage `draws[t]` the tokens drawn from its rows in their order.
     """
 
     shown: ShownStage
     inputs: tuple[bytes, ...]
+    outputs: tuple[bytes, ...]
     draws: tuple[tuple[int, ...], ...]
     evidence_root: bytes
     output_tokens: int
@@ -229,7 +231,7 @@ class Reexecution:
         )
         header: execution_pb2.StageEvidence | None = None
         inputs: dict[int, bytearray] = {}
-        outputs: dict[int, bytes] = {}
+        outputs: dict[int, bytearray] = {}
         received = 0
         limit = self._settings.evidence_response_bytes
         is_last = stage == len(case.route) - 1
@@ -245,15 +247,13 @@ class Reexecution:
                     continue
                 is_output = message.HasField("output")
                 part = message.output if is_output else message.input
-                if header is None or not with_inputs or part.step >= len(header.steps) or (is_output and not is_last):
+                if header is None or not with_inputs or part.step >= len(header.steps):
                     raise EvidenceInvalidError("bytes came before the evidence, unasked, or for steps not in it")
                 received += len(part.payload)
                 if received > limit:
                     raise EvidenceInvalidError(f"more than {limit} bytes of inputs and outputs")
-                if is_output:
-                    outputs[part.step] = part.payload
-                else:
-                    inputs.setdefault(part.step, bytearray()).extend(part.payload)
+                kept = outputs if is_output else inputs
+                kept.setdefault(part.step, bytearray()).extend(part.payload)
 
         await self._peers.with_channel(served.node, receive)
         if header is None:
@@ -272,7 +272,8 @@ class Reexecution:
         return FetchedEvidence(
             ShownStage(stage, served.node, evidence, _statements_of(header)),
             tuple(ordered),
-            _draws(case.manifest, header, evidence, outputs) if is_last and with_inputs else (),
+            _handed_on(evidence, outputs) if with_inputs and not is_last else (),
+            _draws(case.manifest, header, evidence, outputs) if with_inputs and is_last else (),
             bytes(header.evidence_root),
             header.output_tokens,
             sampling_from_message(header.input.sampling),
@@ -285,18 +286,25 @@ class Reexecution:
         )
         try:
             sketch = new_sketch(sketch_seed(case.request_id, stage), executor)
-            tolerance = tolerance_of(executor).logit_tolerance
+            tolerance = tolerance_of(executor)
             steps = fetched.shown.evidence.steps
-            draws, count = iter(fetched.draws), 0
-            draws_hold = True
+            draws, outputs, count = iter(fetched.draws), iter(fetched.outputs), 0
+            follows = True
 
             def take(rows: Rows) -> None:
                 # In the compute thread, one step after the other.
-                nonlocal count, draws_hold
+                nonlocal count, follows
                 sketch.add(rows)
-                tokens = next(draws, ())
-                draws_hold = draws_hold and _are_draws(rows, fetched.sampling, count, tokens, tolerance)
-                count += len(tokens)
+                if fetched.draws:
+                    tokens = next(draws)
+                    follows = follows and _are_draws(rows, fetched.sampling, count, tokens, tolerance.logit_tolerance)
+                    count += len(tokens)
+                else:
+                    data = next(outputs)
+                    encoding = encoding_of_input(case.manifest, served.end_unit, len(rows), len(data))
+                    follows = follows and can_be_handed_on(
+                        encoding, data, torch.from_numpy(rows), tolerance.row_tolerance
+                    )
 
             await self._runtime.reexecute(
                 executor,
@@ -308,8 +316,9 @@ class Reexecution:
                 fetched.evidence_root,
                 sketch.value(),
                 secrets.token_bytes(BYTES32),
-                # Tokens that no honest draw gives are no answer: nothing is to be paid for them.
-                fetched.output_tokens if draws_hold else 0,
+                # Tokens that no honest draw gives, or rows handed on that are not those computed, are no answer,
+                # whatever the executor's sketch says: nothing is to be paid for them.
+                fetched.output_tokens if follows else 0,
             )
         finally:
             self._runtime.release(executor)
@@ -326,8 +335,22 @@ def _are_draws(logits: Rows, sampling: SamplingParameters, first: int, tokens: S
         return False
 
 
+def _handed_on(evidence: StageEvidence, outputs: Mapping[int, bytearray]) -> tuple[bytes, ...]:
+    """The output bytes of each step of an inner stage. EvidenceInvalidError unless they open the digests."""
+    found = []
+    for step in evidence.steps:
+        payload = bytes(outputs.get(step.step, b""))
+        if step_digest(payload, step.position, step.rows) != step.output_digest:
+            raise EvidenceInvalidError(f"the output bytes of step {step.step} are not those of the evidence")
+        found.append(payload)
+    return tuple(found)
+
+
 def _draws(
-    manifest: ModelManifest, header: execution_pb2.StageEvidence, evidence: StageEvidence, outputs: Mapping[int, bytes]
+    manifest: ModelManifest,
+    header: execution_pb2.StageEvidence,
+    evidence: StageEvidence,
+    outputs: Mapping[int, bytearray],
 ) -> tuple[tuple[int, ...], ...]:
     """The tokens that the answer takes from the rows of each step of a last stage: drafts of the step before, then the
     newest token. EvidenceInvalidError unless `outputs` open the digests, and with them which rows were kept.
@@ -337,7 +360,7 @@ def _draws(
     found = []
     drafts: tuple[int, ...] = ()
     for step, count in zip(steps, kept, strict=True):
-        payload = outputs.get(step.step, b"")
+        payload = bytes(outputs.get(step.step, b""))
         try:
             newest, *following = token_ids(payload)
         except ValueError as error:

@@ -471,8 +471,10 @@ class SessionStore:
                     f"the session needs {needed} bytes of cache, {self.free_cache_bytes} are free; try again later",
                 )
             # Without drafts that will be rejected: they cost the session its end, if nothing is left for them.
-            input_total = input_bytes(executor.manifest, executor.first_unit, positions)
-            if input_total > self._evidence.bytes_free:
+            taken, given = (
+                input_bytes(executor.manifest, unit, positions) for unit in (executor.first_unit, executor.end_unit)
+            )
+            if taken + given > self._evidence.bytes_free:
                 raise Refusal(
                     ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "there is no room for the evidence of another session"
                 )

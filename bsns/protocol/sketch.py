@@ -64,6 +64,13 @@ class SketchTolerance:
         return 2 * self.honest_radius
 
     @property
+    def row_tolerance(self) -> float:
+        """What a row of one honest execution differs from another's by at the most, as a share of its length: 8 units,
+        which is 7 times and more the largest that was measured.
+        """
+        return 8 * self.unit
+
+    @property
     def slash_beyond(self) -> int:
         """2τ = 4r."""
         return 4 * self.honest_radius

@@ -638,7 +638,9 @@ Global___StageInputFrame: _TypeAlias = StageInputFrame  # noqa: Y015
 
 @_typing.final
 class StageOutput(_message.Message):
-    """What the last stage handed on after a step: the newest token and its drafts as int32 little-endian."""
+    """Exact bytes that the stage handed on after a step, in frames of at most 1 MiB; of the last stage the newest token and its drafts as int32
+    little-endian.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from bsns.chain.submitter import Submitter
@@ -21,7 +23,7 @@ from bsns.runtime.executor import forward_each, open_stage
 from bsns.runtime.weight_store import WeightStore
 from bsns.v1 import common_pb2, execution_pb2
 from node_client.evidence_store import EvidenceStore, StageResult
-from node_client.shard_runtime import decode_input, new_sketch
+from node_client.shard_runtime import ShardRuntime, StepOutput, decode_input, new_sketch
 from tests.integration.node_fixtures import (
     Network,
     OpenedRequest,
@@ -206,11 +208,63 @@ def sealed_with_invented_inputs(store: EvidenceStore, executor: StageExecutor) -
             payload = activation_codec.encode(TensorEncoding.RAW_FLOAT32, output)
             digests = (step_digest(item, step.position, step.rows) for item in (invented, payload))
             leaf = builder.add(step.rows, *digests, sketch.add(output.detach().numpy()), position=step.position)
-            store.add_step(request, stage, leaf, encoding, invented)
+            store.add_step(request, stage, leaf, encoding, invented, payload)
         root = builder.finish().root
         seal(request, stage, StageResult(root, sketch.value(), result.salt, result.output_tokens))
 
     return seal_something_else
+
+
+def handing_on_other_rows(runtime: ShardRuntime, change: Callable[[npt.NDArray[np.float32]], Any]) -> Any:
+    """ShardRuntime.step of a node that computes and sketches honestly, and hands other rows on."""
+    step = runtime.step
+
+    async def step_and_lie(*given: Any, write: Any, deliver: Any, **named: Any) -> StepOutput:
+        output = await step(*given, **named)
+        payload = change(np.frombuffer(output.payload, "<f4").copy()).astype("<f4").tobytes()
+        digest = step_digest(payload, output.position, output.rows)
+        output = dataclasses.replace(output, payload=payload, digest=digest)
+        write(output)
+        deliver(output)
+        return output
+
+    return step_and_lie
+
+
+@pytest.mark.parametrize("share", [0.003, 0.3], ids=["as int8 weights would", "rubbish"])
+async def test_stage_that_sketches_honestly_and_hands_on_other_rows_is_attested_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    async with running_network(tmp_path) as network:
+        names = ("a", "b", "c", "d")
+        await network.until_active(*[(await network.start_node(name))[1].node for name in names])
+        plan = await network.publish_plan([("a", 0, 2), ("b", 2, 4), ("c", 4, 6)])
+        generator = np.random.default_rng(1)
+        liar = network.services["b"].runtime
+        assert liar is not None
+        monkeypatch.setattr(
+            liar,
+            "step",
+            handing_on_other_rows(liar, lambda rows: rows * (1 + share * generator.standard_normal(rows.shape))),
+        )
+        opened = await network.open_request(plan, PROMPT, GREEDY)
+        answer = await network.ask(opened, ("a", "b", "c"))
+        assert answer.ended is not None, answer.rejected
+        await network.draw(opened)
+        attested = await reveals(network, opened, "AttestationRevealed", 9)
+        (own,) = [
+            item.arguments
+            for item in await reveals(network, opened, "StageRevealed", 3)
+            if item.arguments["stage"] == 1
+        ]
+        for item in attested:
+            stage = item.arguments["stage"]
+            assert item.arguments["outputTokens"] == (0 if stage == 1 else len(answer.tokens)), stage
+            if stage == 1:
+                away = await network.client.call(
+                    "OutputVerification", "sketchDistance", item.arguments["sketch"], own["sketch"]
+                )
+                assert away <= 64, "the sketch alone shows nothing"
 
 
 async def test_executor_that_invents_its_inputs_has_no_valid_evidence_and_loses_its_stake_and_no_other_does(

@@ -24,7 +24,7 @@ def filled(path: Path, budget: int = BUDGET) -> EvidenceStore:
     builder = EvidenceBuilder()
     for number, rows in enumerate((3, 1)):
         step = builder.add(rows, bytes([number]) * 32, bytes([9]) * 32, b"f" * 8)
-        store.add_step(REQUEST, 1, step, 2, b"x" * rows * 4)
+        store.add_step(REQUEST, 1, step, 2, b"x" * rows * 4, b"")
     return store
 
 
@@ -43,7 +43,7 @@ def test_sealed_stage_after_reopening_is_complete(tmp_path: Path) -> None:
     store.close()
 
 
-def test_outputs_that_are_kept_survive_and_count_against_the_budget(tmp_path: Path) -> None:
+def test_outputs_survive_and_count_against_the_budget(tmp_path: Path) -> None:
     path = tmp_path / "e.sqlite"
     store = filled(path)
     used = store.bytes_used
@@ -54,10 +54,11 @@ def test_outputs_that_are_kept_survive_and_count_against_the_budget(tmp_path: Pa
     store.seal(REQUEST, 1, RESULT)
     store.close()
     store = EvidenceStore(path, BUDGET)
-    assert (store.step_output(REQUEST, 1, 0), store.step_output(REQUEST, 1, 1)) == (None, b"tokens")
+    assert (store.step_output(REQUEST, 1, 0), store.step_output(REQUEST, 1, 1)) == (b"", b"tokens")
     assert store.bytes_used == used + len(b"tokens")
     store.forget(REQUEST)
-    assert store.step_output(REQUEST, 1, 1) is None
+    with pytest.raises(StorageError, match="not on record"):
+        store.step_output(REQUEST, 1, 1)
     assert store.bytes_used == 0
     store.close()
 
@@ -68,7 +69,8 @@ def test_unsealed_stage_after_reopening_is_gone(tmp_path: Path) -> None:
     store.close()
     store = EvidenceStore(tmp_path / "e.sqlite", BUDGET)
     assert store.sealed_stages() == ()
-    assert store.step_output(REQUEST, 1, 1) is None
+    with pytest.raises(StorageError, match="not on record"):
+        store.step_output(REQUEST, 1, 1)
     assert store.bytes_used == 0
     store.close()
 
@@ -115,7 +117,7 @@ def test_budget_used_up_refuses_the_step_and_forgetting_frees_it(tmp_path: Path)
     builder = EvidenceBuilder()
     step = builder.add(3, b"\x01" * 32, b"\x09" * 32, b"f" * 8)
     with pytest.raises(StorageFullError):
-        store.add_step(REQUEST, 1, step, 2, b"x" * 600)
+        store.add_step(REQUEST, 1, step, 2, b"x" * 600, b"")
     store.forget(REQUEST)
     assert store.bytes_free == 800
     store.close()
@@ -128,8 +130,8 @@ def test_disk_full_while_a_step_is_stored_is_an_error_and_the_store_goes_on(tmp_
     builder = EvidenceBuilder()
     step = builder.add(3, b"\x01" * 32, b"\x09" * 32, b"f" * 8)
     with pytest.raises(StorageFullError):
-        store.add_step(REQUEST, 1, step, 2, b"x" * 100_000)
+        store.add_step(REQUEST, 1, step, 2, b"x" * 100_000, b"")
     assert len(store.steps(REQUEST, 1).steps) == 2
     store._database.execute("PRAGMA max_page_count = 1000000")
-    store.add_step(b"\x08" * 32, 1, step, 2, b"x" * 100_000)
+    store.add_step(b"\x08" * 32, 1, step, 2, b"x" * 100_000, b"")
     store.close()
