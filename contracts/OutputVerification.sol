@@ -3,7 +3,6 @@ pragma solidity 0.8.30;
 
 import {MerkleProofLib} from "solady/utils/MerkleProofLib.sol";
 import {ReentrancyGuardTransient} from "solady/utils/ReentrancyGuardTransient.sol";
-import {SafeCastLib} from "solady/utils/SafeCastLib.sol";
 import {SafeTransferLib} from "solady/utils/SafeTransferLib.sol";
 
 import {IInferenceEscrow, RequestStatus} from "./interfaces/IInferenceEscrow.sol";
@@ -185,7 +184,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     /// @inheritdoc IOutputVerification
     function commitStage(RequestId requestId, uint16 stage, bytes32 commitment) external {
         (RequestStatus status, uint16 stageCount, uint64 deadline, uint32 maximumTokens) = escrow.statusOf(requestId);
-        if (status == RequestStatus.Expired) revert DeadlinePassed(deadline, block.timestamp);
+        if (status == RequestStatus.Expired) _requireBefore(deadline);
         if (status != RequestStatus.Routed) revert RequestNotRouted(requestId);
         _requireExecutor(requestId, stage);
         if (commitment == 0) revert CommitmentMissing();
@@ -199,17 +198,20 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         emit StageCommitted(requestId, stage, msg.sender, commitment);
         if (committed != _allOf(stageCount)) return;
 
-        // The snapshot is taken before anybody can know the entropy: the hash of a block after this one.
+        // The snapshot is taken before anybody can know the entropy: the hash of a block after this one. All stake together is within
+        // 128 bits.
         uint64 entropyBlock = uint64(block.number) + 1;
-        uint128 snapshotStake = SafeCastLib.toUint128(registry.totalSortitionStake());
+        uint128 snapshotStake = uint128(registry.totalSortitionStake());
         docket.phase = Phase.AwaitingDraw;
         docket.stageCount = stageCount;
         docket.entropyBlock = entropyBlock;
-        docket.snapshotTime = _after(0);
+        docket.snapshotTime = uint64(block.timestamp);
         docket.secretDeadline = _after(_terms.secretWindow);
         docket.snapshotStake = snapshotStake;
         docket.maximumTokens = maximumTokens;
-        emit CommitmentsComplete(requestId, entropyBlock, _after(0), snapshotStake, _after(_terms.secretWindow));
+        emit CommitmentsComplete(
+            requestId, entropyBlock, uint64(block.timestamp), snapshotStake, _after(_terms.secretWindow)
+        );
         escrow.markCommitted(requestId);
     }
 
@@ -310,7 +312,9 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         attestation.sketch = sketch;
         attestation.outputTokens = outputTokens;
         attestation.revealed = true;
-        ++committee.reveals;
+        unchecked {
+            ++committee.reveals; // each of at most 16 members once
+        }
         emit AttestationRevealed(requestId, round, stage, msg.sender, evidenceRoot, sketch, outputTokens, salt);
     }
 
@@ -373,9 +377,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     /// @inheritdoc IOutputVerification
     function settle(RequestId requestId) external {
         Docket storage docket = _docketIn(requestId, Phase.Challengeable);
-        if (block.timestamp <= docket.challengeDeadline) {
-            revert DeadlineNotPassed(docket.challengeDeadline, block.timestamp);
-        }
+        _requireAfter(docket.challengeDeadline);
         docket.phase = Phase.Final; // CDV-03
 
         uint256 stageCount = docket.stageCount;
@@ -420,7 +422,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     function reportContradiction(
         HandOver memory statement,
         bytes calldata signature,
-        EvidenceStep memory evidence,
+        EvidenceStep calldata evidence,
         bytes32[] calldata proof
     ) external {
         StageFile storage file = _dockets[statement.requestId].files[statement.stage];
@@ -569,7 +571,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         bytes32 expected = escrow.secretHashOf(requestId);
         bytes32 actual = keccak256(abi.encode(secret));
         if (actual == expected) return;
-        if (secret == 0) revert DeadlineNotPassed(secretDeadline, block.timestamp);
+        if (secret == 0) _requireAfter(secretDeadline);
         revert SecretMismatch(expected, actual);
     }
 
@@ -1126,9 +1128,15 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         if (block.timestamp > deadline) revert DeadlinePassed(deadline, block.timestamp);
     }
 
+    function _requireAfter(uint256 deadline) private view {
+        if (block.timestamp <= deadline) revert DeadlineNotPassed(deadline, block.timestamp);
+    }
+
     /// @dev The time `window` <= _MAXIMUM_WINDOW seconds from now; seconds reach 2^64 in 584 billion years.
     function _after(uint256 window) private view returns (uint64) {
-        return uint64(block.timestamp + window);
+        unchecked {
+            return uint64(block.timestamp + window);
+        }
     }
 
     /// @dev A different number of tokens is a different output, however close the sketches are.
