@@ -177,6 +177,11 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         _requireWired(escrow_, registry.escrow());
     }
 
+    modifier onlyEscrow() {
+        if (msg.sender != address(escrow)) revert NotEscrow(msg.sender);
+        _;
+    }
+
     // ---------------------------------------------------------------------------------------------------------------------
     //  Commitments of the executors
     // ---------------------------------------------------------------------------------------------------------------------
@@ -187,32 +192,29 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         if (status == RequestStatus.Expired) _requireBefore(deadline);
         if (status != RequestStatus.Routed) revert RequestNotRouted(requestId);
         _requireExecutor(requestId, stage);
-        if (commitment == 0) revert CommitmentMissing();
         Docket storage docket = _dockets[requestId];
         uint32 committed = docket.pending;
         if (_has(committed, stage)) revert StageAlreadyCommitted(requestId, stage);
 
         committed |= _bit(stage);
-        docket.files[stage].commitment = commitment;
         docket.pending = committed;
-        emit StageCommitted(requestId, stage, msg.sender, commitment);
-        if (committed != _allOf(stageCount)) return;
+        _recordCommitment(requestId, docket, stage, msg.sender, commitment);
+        if (committed == _allOf(stageCount)) _awaitDraw(requestId, docket, stageCount, maximumTokens);
+    }
 
-        // The snapshot is taken before anybody can know the entropy: the hash of a block after this one. All stake together is within
-        // 128 bits.
-        uint64 entropyBlock = uint64(block.number) + 1;
-        uint128 snapshotStake = uint128(registry.totalSortitionStake());
-        docket.phase = Phase.AwaitingDraw;
-        docket.stageCount = stageCount;
-        docket.entropyBlock = entropyBlock;
-        docket.snapshotTime = uint64(block.timestamp);
-        docket.secretDeadline = _after(_terms.secretWindow);
-        docket.snapshotStake = snapshotStake;
-        docket.maximumTokens = maximumTokens;
-        emit CommitmentsComplete(
-            requestId, entropyBlock, uint64(block.timestamp), snapshotStake, _after(_terms.secretWindow)
-        );
-        escrow.markCommitted(requestId);
+    /// @inheritdoc IOutputVerification
+    function commitStages(RequestId requestId, bytes32[] calldata commitments, uint32 maximumTokens)
+        external
+        onlyEscrow
+    {
+        Docket storage docket = _dockets[requestId];
+        uint16 stageCount = uint16(commitments.length); // the escrow has routed it: at most 32
+        docket.pending = _allOf(stageCount);
+        docket.sampled = true;
+        for (uint16 i; i < stageCount; ++i) {
+            _recordCommitment(requestId, docket, i, _executorOf(requestId, i), commitments[i]);
+        }
+        _awaitDraw(requestId, docket, stageCount, maximumTokens);
     }
 
     // ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +238,8 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         bytes32 seed = keccak256(abi.encode(secret, _commitmentsDigest(docket, stageCount), entropy, requestId));
         // The seed mixes a secret fixed at the opening with the hash of a block after all commitments.
         // slither-disable-next-line weak-prng
-        bool sampled = uint256(keccak256(abi.encode(seed, "sample"))) % _BASIS_POINTS < _terms.samplingRateBps;
+        bool sampled =
+            docket.sampled || uint256(keccak256(abi.encode(seed, "sample"))) % _BASIS_POINTS < _terms.samplingRateBps;
         docket.seed = seed;
         docket.round = 1;
         uint64 attestDeadline;
@@ -393,8 +396,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     }
 
     /// @inheritdoc IOutputVerification
-    function abandon(RequestId requestId) external {
-        if (msg.sender != address(escrow)) revert NotEscrow(msg.sender);
+    function abandon(RequestId requestId) external onlyEscrow {
         _close(requestId, _dockets[requestId]);
     }
 
@@ -564,6 +566,35 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     // ---------------------------------------------------------------------------------------------------------------------
     //  Inside: draw and committees
     // ---------------------------------------------------------------------------------------------------------------------
+
+    function _recordCommitment(
+        RequestId requestId,
+        Docket storage docket,
+        uint16 stage,
+        address node,
+        bytes32 commitment
+    ) private {
+        if (commitment == 0) revert CommitmentMissing();
+        docket.files[stage].commitment = commitment;
+        emit StageCommitted(requestId, stage, node, commitment);
+    }
+
+    /// @dev All stages have committed. The snapshot is taken before anybody can know the entropy: the hash of a block after this one.
+    ///      All stake together is within 128 bits.
+    function _awaitDraw(RequestId requestId, Docket storage docket, uint16 stageCount, uint32 maximumTokens) private {
+        uint64 entropyBlock = uint64(block.number) + 1;
+        uint64 secretDeadline = _after(_terms.secretWindow);
+        uint128 snapshotStake = uint128(registry.totalSortitionStake());
+        docket.phase = Phase.AwaitingDraw;
+        docket.stageCount = stageCount;
+        docket.entropyBlock = entropyBlock;
+        docket.snapshotTime = uint64(block.timestamp);
+        docket.secretDeadline = secretDeadline;
+        docket.snapshotStake = snapshotStake;
+        docket.maximumTokens = maximumTokens;
+        emit CommitmentsComplete(requestId, entropyBlock, uint64(block.timestamp), snapshotStake, secretDeadline);
+        escrow.markCommitted(requestId);
+    }
 
     /// @dev Before the secret deadline nobody but the requester can draw; after it nobody has to wait for the requester.
     function _requireSecret(RequestId requestId, uint64 secretDeadline, bytes32 secret) private view {
