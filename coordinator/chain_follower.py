@@ -73,7 +73,9 @@ class ChainFollower:
         self._cursor: Block | None = None
         self._head: Block | None = None
         self._failure: str | None = "not started"
+        # The newest ones, and how many there were in all.
         self.reorganisations: list[Rollback] = []
+        self.rollbacks = 0
 
     @property
     def cursor(self) -> Block | None:
@@ -198,6 +200,7 @@ class ChainFollower:
 
     async def _roll_back(self, cursor: Block, ancestor: Block) -> None:
         rollback = await self._blocking(lambda: self._storage.roll_back(ancestor.number))
+        self.rollbacks += 1
         self.reorganisations.append(rollback)
         del self.reorganisations[: -self._limits.batch_blocks]
         _log.warning(

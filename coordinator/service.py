@@ -35,7 +35,7 @@ from bsns.protocol.typed_data import assignments_domain, registry_domain
 from bsns.v1 import coordination_pb2, coordination_pb2_grpc
 from coordinator.chain_follower import ChainFollower
 from coordinator.coordination_service import NodeCoordinationServicer
-from coordinator.dispatch import NodePool, PlanPublication, RequestRouting
+from coordinator.dispatch import NodePool, NodeStandings, PlanPublication, RequestRouting
 from coordinator.network_state import RequestState
 from coordinator.settings import CoordinatorSettings, SettingsError, load_deployment, load_key
 from coordinator.storage import Storage, StorageUnavailableError, migrate
@@ -79,6 +79,8 @@ class Coordinator:
         self.pool = NodePool(settings.pool_limits, time.monotonic, on_change=self._news.set)
         registry = registry_domain(deployment.chain_id, deployment.node_registry)
         assignments = assignments_domain(deployment.chain_id, deployment.shard_assignments)
+        self.standings = NodeStandings(storage)
+        self._rollbacks = 0
         self.publications: dict[ModelId, PlanPublication] = {}
         for manifest in manifests:
             publication = PlanPublication(
@@ -88,12 +90,13 @@ class Coordinator:
                 storage=storage,
                 pool=self.pool,
                 outbox=self.outbox,
+                standings=self.standings,
                 assignments_domain=assignments,
                 limits=settings.publication_limits,
                 clock=time.monotonic,
             )
             self.publications[publication.model] = publication
-        self.routing = RequestRouting(storage, self.pool, self.outbox)
+        self.routing = RequestRouting(storage, self.pool, self.outbox, self.standings)
         self._servicer = NodeCoordinationServicer(
             storage=storage,
             pool=self.pool,
@@ -195,20 +198,27 @@ class Coordinator:
         if self.follower.not_synced_because is not None or cursor is None:
             return
         now = self.chain_now()
+        await self._follow_standings()
         for publication in self.publications.values():
             await publication.step(now)
         limit = self._settings.open_requests_a_pass
         requests = await asyncio.to_thread(lambda: self._storage.unfinished_requests(limit))
         await self.routing.step(requests, now)
+        rules = await self._verification_rules()
         for request in requests:
             try:
                 view = await self._view(request, now)
             except ContractError as error:
                 _log.warning("view_refused", request_id="0x" + request.request_id.hex(), error=str(error))
                 continue
-            rules = await self._verification_rules()
             for intent in wanted_intents(request, view, rules, now=now, head_number=cursor.number):
                 await self.outbox.want(intent)
+
+    async def _follow_standings(self) -> None:
+        if self.follower.rollbacks != self._rollbacks:
+            self._rollbacks = self.follower.rollbacks
+            self.standings.forget()
+        await self.standings.step((await self._verification_rules()).tolerance)
 
     async def _verification_rules(self) -> VerificationRules:
         if self._rules is None:

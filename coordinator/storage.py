@@ -48,6 +48,7 @@ from sqlalchemy import (
     make_url,
     select,
     text,
+    tuple_,
     update,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -252,6 +253,10 @@ class AnotherWriterError(StorageError):
 
 class OutdatedSchemaError(StorageError):
     """The tables are of another release. Run `bsns-coordinator migrate`."""
+
+
+ChainPlace = tuple[int, int]
+"""Block number and log index of an event."""
 
 
 class IntentState(StrEnum):
@@ -555,6 +560,22 @@ class Storage:
         )
         with self._read() as connection:
             return [decode_record(RequestState, row.document) for row in connection.execute(query)]
+
+    def finished_requests(self, after: ChainPlace, limit: int) -> list[tuple[ChainPlace, RequestState]]:
+        """Requests by where their settlement or refund lies on the chain, at most `limit` beyond `after`."""
+        place = tuple_(_events.c.block_number, _events.c.log_index)
+        query = (
+            select(_events.c.block_number, _events.c.log_index, _requests.c.document)
+            .join(_requests, _requests.c.key == _events.c.aggregate_key)
+            .where(_events.c.name.in_(("RequestSettled", "RequestRefunded")), place > tuple_(*after))
+            .order_by(_events.c.block_number, _events.c.log_index)
+            .limit(limit)
+        )
+        with self._read() as connection:
+            return [
+                ((row.block_number, row.log_index), decode_record(RequestState, row.document))
+                for row in connection.execute(query)
+            ]
 
     def request_counts(self) -> dict[RequestStatus, int]:
         """Number of requests by status."""

@@ -47,3 +47,14 @@ class Phase(IntEnum):
     REVEALING = 3
     CHALLENGEABLE = 4
     FINAL = 5
+
+
+class StageVerdict(IntEnum):
+    """IOutputVerification.StageVerdict."""
+
+    NONE = 0
+    ACCEPTED = 1
+    TOLERATED = 2
+    REJECTED = 3
+    NO_QUORUM = 4
+    WITHHELD = 5

@@ -30,6 +30,7 @@ from bsns.protocol.planning_record import MAXIMUM_ANNOUNCED_BYTES, PlanningRecor
 from bsns.protocol.typed_data import PLAN_CONSENT, Domain, is_signed_by, signing_digest
 from bsns.v1 import common_pb2, coordination_pb2
 from coordinator.dispatch.node_pool import NodePool
+from coordinator.dispatch.node_standing import NodeStandings
 from coordinator.network_state import PlanState
 from coordinator.storage import Intent, IntentState, Storage
 from coordinator.transaction_outbox import TransactionOutbox, WorkerThread
@@ -154,6 +155,7 @@ class PlanPublication:
         storage: Storage,
         pool: NodePool,
         outbox: TransactionOutbox,
+        standings: NodeStandings,
         assignments_domain: Domain,
         limits: PublicationLimits,
         clock: Callable[[], float],
@@ -166,6 +168,7 @@ class PlanPublication:
         self._storage = storage
         self._pool = pool
         self._outbox = outbox
+        self._standings = standings
         self._domain = assignments_domain
         self._limits = limits
         self._clock = clock
@@ -298,12 +301,14 @@ class PlanPublication:
         return self._clock() - self._uncovered_since >= self._limits.replace_after_seconds
 
     async def serving_nodes(self, now: int) -> set[str]:
-        """Nodes that are attached, alive, and Pending or Active on chain."""
+        """Nodes that are attached, alive, Pending or Active on chain, and not suspect."""
         accounts = await self._blocking(self._storage.nodes)
         return {
             node
             for node in self._pool.live()
-            if (account := accounts.get(node)) is not None and account.status_at(now) in _PUBLISHABLE
+            if (account := accounts.get(node)) is not None
+            and account.status_at(now) in _PUBLISHABLE
+            and not self._standings.of(node).is_suspect
         }
 
     async def _make_offer(self, current: PlanState | None, now: int) -> None:

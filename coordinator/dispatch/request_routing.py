@@ -1,8 +1,8 @@
 """Which replica of each stage serves a request.
 
-Owns the choice: alive, Active on chain, least loaded, then the fastest, which planners put first. Promises one `route`
-intent a request, with proofs against the plan's root. A request of somebody else's plan, or of a fee below the plan's,
-is left alone and said so once. The choice itself is a pure function.
+Owns the choice: alive, Active on chain, not suspect, least loaded for its reputation, then the fastest, which planners
+put first. Promises one `route` intent a request, with proofs against the plan's root. A request of somebody else's
+plan, or of a fee below the plan's, is left alone and said so once. The choice itself is a pure function.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import structlog
 from bsns.protocol.contract_states import NodeStatus, RequestStatus
 from bsns.protocol.plan import Assignment
 from coordinator.dispatch.node_pool import NodePool
+from coordinator.dispatch.node_standing import NodeStandings
 from coordinator.network_state import NodeState, PlanState, RequestState
 from coordinator.storage import Intent, Storage
 from coordinator.transaction_outbox import TransactionOutbox, WorkerThread
@@ -25,16 +26,16 @@ _REMEMBERED_COMPLAINTS: Final = 1_024
 _log = structlog.get_logger(__name__)
 
 
-def choose_route(plan: PlanState, able: set[str], load: Mapping[str, int]) -> tuple[Assignment, ...] | None:
-    """One assignment a stage among nodes in `able`, least loaded first, then the first replica, which is the
-    fastest; None if a stage has nobody.
+def choose_route(plan: PlanState, able: Mapping[str, float], load: Mapping[str, int]) -> tuple[Assignment, ...] | None:
+    """One assignment a stage among the nodes of `able`, which gives the share of work of each: the one that would be
+    least loaded for its share, then the first replica, which is the fastest. None if a stage has nobody.
     """
     route = []
     for stage in range(plan.shard_plan.stage_count):
-        candidates = [item for item in plan.shard_plan.replicas(stage) if item.node in able]
+        candidates = [item for item in plan.shard_plan.replicas(stage) if able.get(item.node, 0.0) > 0]
         if not candidates:
             return None
-        route.append(min(candidates, key=lambda item: (load.get(item.node, 0), item.replica)))
+        route.append(min(candidates, key=lambda item: ((load.get(item.node, 0) + 1) / able[item.node], item.replica)))
     return tuple(route)
 
 
@@ -53,11 +54,13 @@ class RequestRouting:
         storage: Storage,
         pool: NodePool,
         outbox: TransactionOutbox,
+        standings: NodeStandings,
         run_blocking: WorkerThread = asyncio.to_thread,
     ) -> None:
         self._storage = storage
         self._pool = pool
         self._outbox = outbox
+        self._standings = standings
         self._blocking = run_blocking
         self._complained: deque[tuple[bytes, str]] = deque(maxlen=_REMEMBERED_COMPLAINTS)
 
@@ -67,7 +70,9 @@ class RequestRouting:
         if not waiting:
             return
         accounts = await self._blocking(self._storage.nodes)
-        able = {node for node in self._pool.live() if _is_active(accounts.get(node), now)}
+        able = {
+            node: self._standings.of(node).weight for node in self._pool.live() if _is_active(accounts.get(node), now)
+        }
         load = node_load(requests)
         for request in waiting:
             plan = await self._blocking(lambda: self._storage.plan(request.plan_id))  # noqa: B023 - awaited at once
@@ -79,7 +84,9 @@ class RequestRouting:
                 continue
             route = choose_route(plan, able, load)
             if route is None:
-                self._complain(request, "a stage has no node that is attached and active; it waits until its deadline")
+                self._complain(
+                    request, "a stage has no node that is attached, active and not suspect; it waits until its deadline"
+                )
                 continue
             load.update(item.node for item in route)
             arguments = (

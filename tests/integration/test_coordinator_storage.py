@@ -214,6 +214,29 @@ def test_queries_on_requests_and_plans_narrow_as_asked(database_url: str) -> Non
         storage.close()
 
 
+def test_finished_requests_come_in_the_order_of_the_chain_and_leave_with_their_blocks(database_url: str) -> None:
+    chain = _busy_chain(31, 60)
+    storage = _filled(database_url, chain)
+    try:
+        ends = [
+            ((block.number, event.log_index), "0x" + bytes(event.arguments["requestId"]).hex())
+            for event, block in chain.history()
+            if event.name in ("RequestSettled", "RequestRefunded")
+        ]
+        assert len(ends) > 4
+        found = storage.finished_requests((-1, -1), 1_000)
+        assert [(place, "0x" + request.request_id.hex()) for place, request in found] == ends
+        assert all(request.status.is_finished for _, request in found)
+        assert storage.finished_requests((-1, -1), 3) == found[:3]
+        assert storage.finished_requests(found[2][0], 2) == found[3:5]
+        chain.reorganise(30)
+        storage.roll_back(chain.height)
+        left = [place for place, _ in storage.finished_requests((-1, -1), 1_000)]
+        assert left == [place for place, _ in ends if place[0] <= chain.height]
+    finally:
+        storage.close()
+
+
 def test_headers_without_events_are_dropped_beyond_the_kept_depth(database_url: str) -> None:
     chain, traffic = SimulatedChain(), Traffic(51)
     for number in range(1, 1_030):

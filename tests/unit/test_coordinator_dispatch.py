@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_route_takes_the_least_loaded_replica_and_of_equals_the_first() -> None:
             dataclasses.replace(item, node=node) for item, node in zip(plan.assignments, turned, strict=True)
         ),
     )
-    able = {_node(number) for number in (1, 2, 3, 4)}
+    able = {_node(number): 1.0 for number in (1, 2, 3, 4)}
     for load, first in (
         ({}, 3),
         ({_node(3): 2, _node(2): 1, _node(1): 1}, 2),
@@ -102,7 +103,19 @@ def test_route_takes_the_least_loaded_replica_and_of_equals_the_first() -> None:
         route = choose_route(plan, able, load)
         assert route is not None
         assert [item.node for item in route] == [_node(first), _node(4)]
-    assert choose_route(plan, able - {_node(4)}, {}) is None
+    assert choose_route(plan, {**able, _node(4): 0.0}, {}) is None
+    del able[_node(4)]
+    assert choose_route(plan, able, {}) is None
+
+
+def test_route_gives_a_replica_work_in_proportion_to_its_share() -> None:
+    plan, load = _plan(2), Counter[str]()
+    able = {_node(1): 1.0, _node(2): 0.25}
+    for _ in range(50):
+        route = choose_route(plan, able, load)
+        assert route is not None
+        load[route[0].node] += 1
+    assert load == {_node(1): 40, _node(2): 10}
 
 
 def test_node_load_counts_requests_in_execution_only() -> None:

@@ -16,7 +16,15 @@ from bsns.protocol.identifiers import address, model_id
 from bsns.protocol.measurements import LinkTiming, NodeMeasurements, UnitTiming
 from bsns.protocol.typed_data import PLAN_CONSENT, assignments_domain, signing_digest
 from bsns.v1 import coordination_pb2
-from coordinator.dispatch import NodePool, PlanPolicy, PlanPublication, PoolLimits, PublicationLimits, plan_publication
+from coordinator.dispatch import (
+    NodePool,
+    NodeStandings,
+    PlanPolicy,
+    PlanPublication,
+    PoolLimits,
+    PublicationLimits,
+    plan_publication,
+)
 from coordinator.storage import Intent, Storage, migrate
 from tests.integration.coordinator_fixtures import tiny_manifest
 from tests.property.test_coordinator_follower import deployment_of
@@ -74,6 +82,7 @@ class _Situation:
             storage=self.storage,
             pool=self.pool,
             outbox=self.outbox,  # type: ignore[arg-type]
+            standings=NodeStandings(self.storage),
             assignments_domain=_DOMAIN,
             limits=PublicationLimits(gather_seconds=0.0),
             clock=lambda: self.now,

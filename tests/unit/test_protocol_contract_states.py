@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from bsns.protocol.contract_states import NodeStatus, Phase, RequestStatus
+from bsns.protocol.contract_states import NodeStatus, Phase, RequestStatus, StageVerdict
 
 INTERFACES = Path(__file__).resolve().parents[2] / "contracts" / "interfaces"
 
 
 @pytest.mark.parametrize(
     ("interface", "states"),
-    [("INodeRegistry", NodeStatus), ("IInferenceEscrow", RequestStatus), ("IOutputVerification", Phase)],
+    [
+        ("INodeRegistry", NodeStatus),
+        ("IInferenceEscrow", RequestStatus),
+        ("IOutputVerification", Phase),
+        ("IOutputVerification", StageVerdict),
+    ],
 )
 def test_states_equal_the_solidity_enum(interface: str, states: type[IntEnum]) -> None:
     source = (INTERFACES / f"{interface}.sol").read_text()
