@@ -113,10 +113,10 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         uint32 maximumTokens
     ) external payable returns (RequestId requestId) {
         requestId = requestIdOf(msg.sender, nonce);
-        uint128 feePerToken = _requireOffer(planId, promptTokens, maximumTokens);
-        _open(
-            requestId, Offer(msg.sender, planId, feePerToken, inputCommitment, secretHash, promptTokens, maximumTokens)
-        );
+        Offer memory offer = Offer(msg.sender, planId, 0, inputCommitment, secretHash, promptTokens, maximumTokens);
+        _requireAcceptable(requestId, offer);
+        offer.feePerToken = _requireOffer(planId, promptTokens, maximumTokens);
+        _open(requestId, offer);
     }
 
     /// @inheritdoc IInferenceEscrow
@@ -128,6 +128,7 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         bytes32[][] calldata proofs,
         bytes32[] calldata commitments
     ) external payable onlyTabs {
+        _requireAcceptable(requestId, offer);
         _open(requestId, offer);
         uint256 stageCount = _fixRoute(requestId, assignments.planOf(offer.planId), assignments_, proofs, false);
         if (commitments.length != stageCount) revert RouteIncomplete(stageCount, commitments.length);
@@ -320,16 +321,18 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
     //  Inside
     // ---------------------------------------------------------------------------------------------------------------------
 
-    /// @dev Deposits what came with the call.
-    function _open(RequestId requestId, Offer memory offer) private {
-        Request storage request = _requests[requestId];
-        if (request.status != RequestStatus.Absent) revert RequestAlreadyOpen(requestId);
+    function _requireAcceptable(RequestId requestId, Offer memory offer) private view {
+        if (_requests[requestId].status != RequestStatus.Absent) revert RequestAlreadyOpen(requestId);
         if (offer.inputCommitment == 0 || offer.secretHash == 0) revert CommitmentMissing();
         if (offer.maximumTokens == 0 || offer.maximumTokens > _maximumTokens) {
             revert TokensOutOfRange(_maximumTokens, offer.maximumTokens);
         }
         if (offer.promptTokens > _maximumTokens) revert TokensOutOfRange(_maximumTokens, offer.promptTokens);
+    }
 
+    /// @dev Deposits what came with the call.
+    function _open(RequestId requestId, Offer memory offer) private {
+        Request storage request = _requests[requestId];
         uint64 openedAt = _now();
         request.requester = offer.requester;
         request.status = RequestStatus.Open;

@@ -96,6 +96,8 @@ contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
 
     mapping(address requester => mapping(address collector => Tab)) private _tabs;
     mapping(BatchId => Record) private _batches;
+    /// @dev Hash of the leaf as which a request was opened; 0 before.
+    mapping(RequestId => bytes32) private _leaves;
     mapping(RequestId => address) private _challengers;
     mapping(address account => uint256) private _credits;
 
@@ -233,32 +235,41 @@ contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
         _requireBefore(record.deadline);
         RequestId requestId = _requireGenuine(batch, record, opening);
         _requireSharesOf(batch.shares, opening.route);
-        uint256 first = _requirePlace(batch, opening, requestId, path);
+        bytes32 leaf = leafOf(requestId, _executionsHash(opening), opening.outputTokens);
+        uint256 first = _requirePlace(batch, opening, leaf, path);
 
         uint32 pending = _pendingOutside(record, first, first + _tokensOf(opening));
         if (pending == record.pending) revert LeafNotDrawn(first, first + _tokensOf(opening));
         record.pending = pending;
         emit LeafOpened(batchId, requestId, first, pending);
-        if (_statusOf(requestId) == RequestStatus.Absent) _take(batchId, record, batch, opening, requestId);
+        bytes32 opened = _leaves[requestId];
+        if (opened == 0) _take(batchId, record, batch, opening, requestId, leaf);
+        else if (opened != leaf) revert LeafMismatch(opened, leaf);
     }
 
     /// @inheritdoc IRequestTabs
-    function challengeLeaf(Batch calldata batch, Opening calldata opening) external payable {
+    function challengeLeaf(Batch calldata batch, Opening calldata opening, TreeStep[] calldata path) external payable {
         if (msg.value != _challengeBond) revert BondMismatch(_challengeBond, msg.value);
         (BatchId batchId, Record storage record) = _batchIn(batch, BatchStatus.Drawn);
         _requireBefore(record.deadline);
+        // The drawn leaves come first: who opens a request in another version must not be faster than its leaf.
+        if (record.pending != 0) _requireAfter(record.deadline - _openingWindow / 2);
         RequestId requestId = _requireGenuine(batch, record, opening);
-        if (_statusOf(requestId) != RequestStatus.Absent) revert AlreadyOpened(requestId);
+        if (_leaves[requestId] != 0) revert AlreadyOpened(requestId);
+        bytes32 leaf = leafOf(requestId, _executionsHash(opening), opening.outputTokens);
+        if (msg.sender != opening.ticket.requester) _requirePlace(batch, opening, leaf, path);
 
         _challengers[requestId] = msg.sender;
         emit LeafChallenged(batchId, requestId, msg.sender, msg.value);
-        _take(batchId, record, batch, opening, requestId);
+        _take(batchId, record, batch, opening, requestId, leaf);
     }
 
     /// @inheritdoc IRequestTabs
     function resolveChallenge(RequestId requestId) external {
         address challenger = _challengers[requestId];
         if (challenger == address(0)) revert NotChallenged(requestId);
+        // Its deadline and tokens do not decide whose the bond is.
+        // slither-disable-next-line unused-return
         (RequestStatus status, uint16 stageCount,,) = escrow.statusOf(requestId);
         bool upheld = status == RequestStatus.Refunded;
         if (!upheld && status != RequestStatus.Settled) revert ChallengeUndecided(requestId, status);
@@ -597,13 +608,11 @@ contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
 
     /// @dev The first token of the leaf, whose way to the root it proves: at the place that the number of its ticket says, inside its
     ///      segment. The sums of two siblings are both under their parent's hash, so the tokens of two leaves never overlap.
-    function _requirePlace(
-        Batch calldata batch,
-        Opening calldata opening,
-        RequestId requestId,
-        TreeStep[] calldata path
-    ) private pure returns (uint256 first) {
-        bytes32 node = leafOf(requestId, _executionsHash(opening), opening.outputTokens);
+    function _requirePlace(Batch calldata batch, Opening calldata opening, bytes32 node, TreeStep[] calldata path)
+        private
+        pure
+        returns (uint256 first)
+    {
         uint256 tokens = _tokensOf(opening);
         uint256 leaves = 1;
         uint256 index;
@@ -664,8 +673,10 @@ contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
         Record storage record,
         Batch calldata batch,
         Opening calldata opening,
-        RequestId requestId
+        RequestId requestId,
+        bytes32 leaf
     ) private {
+        _leaves[requestId] = leaf;
         uint256 segment = opening.segment;
         uint256 taken = record.takenOf[segment];
         uint256 amount = _tokensOf(opening) * batch.feePerToken;
@@ -767,10 +778,6 @@ contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
         batchId = batchIdOf(batch);
         record = _batches[batchId];
         if (record.status != expected) revert WrongBatchStatus(batchId, expected, record.status);
-    }
-
-    function _statusOf(RequestId requestId) private view returns (RequestStatus status) {
-        (status,,,) = escrow.statusOf(requestId);
     }
 
     function _nodesOf(Share[] calldata shares) private pure returns (address[] memory nodes) {

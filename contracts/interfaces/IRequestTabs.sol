@@ -140,6 +140,8 @@ struct BatchState {
 ///      that is not never counts after the secret deadline: who hands its secret to somebody else and sees no draw records it itself.
 ///      Why a ticket is paid once. A batch takes the ticket numbers of a tab from where the last one ended, and the place of a
 ///      leaf in the tree follows from its number; the place is checked when the leaf is opened, by sums that cannot overlap.
+///      Why another version of a leaf is no way out. Who cheated in a leaf that is drawn cannot open the request with better commitments
+///      instead: without a proof only the requester opens it, and a leaf is served only by a request that was opened as it stands.
 ///      Why the plan is not proven when a batch is posted. The pot is the requesters' payment for what the executors of the plan did:
 ///      that they did it is proven for every leaf that is opened. How the executors' part is shared out concerns the nodes
 ///      with shares alone, and each of them has signed the shares of all.
@@ -171,6 +173,7 @@ interface IRequestTabs {
     error NodeWithoutShare(address node);
     error PlanMismatch(PlanId expected, PlanId actual);
     error AlreadyOpened(RequestId requestId);
+    error LeafMismatch(bytes32 opened, bytes32 actual);
     error DrawsPending(uint256 pending);
     error NoDrawPending(BatchId batchId);
     error BondMismatch(uint256 expected, uint256 actual);
@@ -186,11 +189,7 @@ interface IRequestTabs {
     event TabWithdrawn(address indexed requester, address indexed collector, uint256 amount);
     /// @dev The voucher and the tickets are in the batch.
     event TabCharged(
-        BatchId indexed batchId,
-        address indexed requester,
-        address indexed collector,
-        uint256 amount,
-        uint256 balance
+        BatchId indexed batchId, address indexed requester, address indexed collector, uint256 amount, uint256 balance
     );
     /// @dev Money of a void batch is back.
     event TabRestored(
@@ -255,13 +254,14 @@ interface IRequestTabs {
     function draw(Batch calldata batch, bytes32[] calldata secrets) external;
 
     /// @notice Open a drawn leaf, until the deadline: it becomes a committed request of InferenceEscrow with its charge out of the pot.
-    ///         Anyone may call. Serves all draws that the leaf covers, also if it was challenged before.
+    ///         Anyone may call. Serves all draws that the leaf covers, also if this very leaf was challenged before.
     function openLeaf(Batch calldata batch, Opening calldata opening, TreeStep[] calldata path) external;
 
-    /// @notice Open a request of the batch that was not drawn, with the bond as value, until the deadline. Anyone may call. It needs no
-    ///         proof of the leaf: what the requester and the nodes signed and the number of the ticket say that it belongs to the batch,
-    ///         whatever stands in the tree. Its deposit is at most what is left of its segment's charge.
-    function challengeLeaf(Batch calldata batch, Opening calldata opening) external payable;
+    /// @notice Open any request of the batch, with the bond as value, until the deadline: after half of the opening window, or as soon as no
+    ///         draw is pending. Anyone may call with the leaf's way to the root. Its requester needs none: what it and the nodes signed
+    ///         and the number of the ticket say that the request belongs to the batch, whatever stands in the tree. The deposit is at
+    ///         most what is left of the segment's charge.
+    function challengeLeaf(Batch calldata batch, Opening calldata opening, TreeStep[] calldata path) external payable;
 
     /// @notice Pay a challenger's bond to the executors if the request was settled, else back. Anyone may call, once it is final.
     function resolveChallenge(RequestId requestId) external;

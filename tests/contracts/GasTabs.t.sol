@@ -102,9 +102,13 @@ contract GasTabsTest is TabSwarm {
         uint256 index = _leafAt(draft, _stateOf(draft).offsets[0]);
         tabs.openLeaf(draft.batch, draft.leaves[index], _pathOf(draft, index));
         vm.snapshotGasLastCall("Tabs", "openLeaf, 4 stages, 1 of 64");
+        _openDrawn(draft);
         uint256 other = (index + 30) % 64;
+        while (escrow.requestOf(_idOf(draft.leaves[other])).deadline != 0) {
+            other = (other + 1) % 64;
+        }
         vm.deal(address(this), BOND);
-        tabs.challengeLeaf{value: BOND}(draft.batch, draft.leaves[other]);
+        tabs.challengeLeaf{value: BOND}(draft.batch, draft.leaves[other], _pathOf(draft, other));
         vm.snapshotGasLastCall("Tabs", "challengeLeaf, 4 stages");
         _verifyOpened(_idOf(draft.leaves[other]), NODES);
         tabs.resolveChallenge(_idOf(draft.leaves[other]));

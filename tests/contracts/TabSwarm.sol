@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 pragma solidity 0.8.30;
 
+import {Offer} from "../../contracts/interfaces/IInferenceEscrow.sol";
 import {
     Batch,
     BatchState,
@@ -123,7 +124,7 @@ abstract contract TabSwarm is Swarm {
     }
 
     /// @dev What the executor of a stage commits to.
-    function _claimFor(RequestId id, uint16 stage, address) internal virtual returns (Claim memory) {
+    function _claimFor(RequestId id, uint16 stage, address) internal view virtual returns (Claim memory) {
         return _truth(id, stage);
     }
 
@@ -151,9 +152,8 @@ abstract contract TabSwarm is Swarm {
     function _signStages(Opening memory leaf) internal view {
         RequestId id = tabs.requestIdOf(leaf.ticket);
         for (uint16 i = 0; i < leaf.route.length; i++) {
-            leaf.signatures[i] = _sign(
-                _indexOf(leaf.route[i].node), _stageResultDigest(id, i, leaf.commitments[i], leaf.outputTokens)
-            );
+            leaf.signatures[i] =
+                _sign(_indexOf(leaf.route[i].node), _stageResultDigest(id, i, leaf.commitments[i], leaf.outputTokens));
         }
     }
 
@@ -384,6 +384,19 @@ abstract contract TabSwarm is Swarm {
         _drawBatch(draft);
         _openDrawn(draft);
         _endOpening(draft);
+    }
+
+    /// @dev What the escrow is told of an opened leaf.
+    function _offer(Opening memory leaf) internal pure returns (Offer memory) {
+        return Offer(
+            leaf.ticket.requester,
+            leaf.ticket.planId,
+            FEE,
+            leaf.ticket.inputCommitment,
+            leaf.ticket.secretHash,
+            leaf.ticket.promptTokens,
+            leaf.ticket.maximumTokens
+        );
     }
 
     function _idOf(Opening memory leaf) internal view returns (RequestId) {
