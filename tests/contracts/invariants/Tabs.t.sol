@@ -11,6 +11,7 @@ import {Assignment} from "../../../contracts/types/Assignment.sol";
 import {BatchId, PlanId, RequestId} from "../../../contracts/types/Identifiers.sol";
 import {ForcedMoney} from "../Recipients.sol";
 import {TabSwarm} from "../TabSwarm.sol";
+import {TabsLedger} from "./TabsLedger.sol";
 
 /// @notice Many batches at once, of three requesters and one collector that forges some of them, over honest nodes and two that lie: draws
 ///         with and without secrets, openings, challenges, verdicts, lapses, voids, thaws, forced ether.
@@ -55,24 +56,17 @@ contract TabsInvariantTest is TabSwarm {
     uint256 private _steps;
     uint256 private _clock;
     uint256 private _height;
-    uint256 private _forced;
     bool private _lying;
+    TabsLedger private _ledger;
 
     /// Batches, as encoded drafts; what was posted for how much; those that are over.
     bytes[] private _drafts;
     BatchId[] private _batches;
-    uint256[] private _pots;
     mapping(uint256 i => bool) private _isForged;
     mapping(uint256 i => bool) private _isOver;
-    mapping(uint256 i => mapping(uint256 node => uint256)) private _bondedAtPost;
-    mapping(uint256 i => mapping(uint256 node => uint256)) private _slashedAtPost;
     /// Requests that were opened.
     RequestId[] private _opened;
     mapping(RequestId id => bool) private _isClosed;
-    mapping(uint256 node => uint256) private _takenOut;
-    mapping(uint256 payer => uint96) private _collected;
-    mapping(uint256 payer => uint64) private _tickets;
-
     address private _challenger = makeAddr("challenger");
     address private _intruder = makeAddr("intruder");
 
@@ -87,6 +81,9 @@ contract TabsInvariantTest is TabSwarm {
                 stage, i % 2, 2 * stage, 2 * stage + 2, _hot(stage + 4 * (i % 2)), 100 + stage, EXECUTION_CLASS
             );
         }
+        _ledger = TabsLedger(
+            _create("TabsLedger", abi.encode(registry, escrow, tabs, publisher, treasury, _challenger, NODES, PAYERS))
+        );
         _plan = _publish(_newModel(4), FEE, plan);
         vm.warp(block.timestamp + shards.planActivationDelay());
         (_clock, _height) = (block.timestamp, block.number);
@@ -109,6 +106,7 @@ contract TabsInvariantTest is TabSwarm {
         }
         _perform(action, uint256(keccak256(abi.encode(seed, _steps))));
         counts[uint256(action)]++;
+        _ledger.observe();
         vm.roll(block.number + 1);
         (_clock, _height) = (block.timestamp, block.number);
     }
@@ -182,10 +180,12 @@ contract TabsInvariantTest is TabSwarm {
     }
 
     /// @dev One to three requesters with one to three requests each, over honest and lying replicas.
-    function _postSome(uint256 seed, bool forged) private returns (uint256 i) {
+    function _postSome(uint256 seed, bool forged) private returns (uint256) {
+        return _postOf(1 + seed % PAYERS, forged ? 2 + (seed >> 8) % 2 : 1 + (seed >> 8) % 3, seed, forged);
+    }
+
+    function _postOf(uint256 payers, uint256 each, uint256 seed, bool forged) private returns (uint256 i) {
         Draft memory draft;
-        uint256 payers = 1 + seed % PAYERS;
-        uint256 each = forged ? 2 + (seed >> 8) % 2 : 1 + (seed >> 8) % 3;
         draft.payers = new uint256[](payers);
         draft.leaves = new Opening[](payers * each);
         for (uint256 j = 0; j < payers; j++) {
@@ -201,7 +201,7 @@ contract TabsInvariantTest is TabSwarm {
         i = _batches.length;
         _isForged[i] = forged;
         _fundSegments(draft);
-        _note(i, draft, _post(draft));
+        _note(draft, _post(draft));
     }
 
     function _servedSomehow(uint256 payer, uint256 segment, uint64 k, uint256 seed) private returns (Opening memory) {
@@ -244,16 +244,10 @@ contract TabsInvariantTest is TabSwarm {
         }
     }
 
-    function _note(uint256 i, Draft memory draft, BatchId id) private {
+    function _note(Draft memory draft, BatchId id) private {
         _drafts.push(abi.encode(draft));
         _batches.push(id);
-        _pots.push(_potOf(draft.batch));
-        for (uint256 k = 0; k < NODES; k++) {
-            NodeAccount memory account = registry.accountOf(_hot(k));
-            if (account.openDuties == 0) continue;
-            _bondedAtPost[i][k] = account.staked - account.thawing;
-            _slashedAtPost[i][k] = _slashedOf(k);
-        }
+        _ledger.posted(id, _potOf(draft.batch));
     }
 
     function _draftAt(uint256 i) private view returns (Draft memory) {
@@ -299,7 +293,7 @@ contract TabsInvariantTest is TabSwarm {
         vm.startPrank(_intruder);
         _openLeaf(draft, leaf);
         vm.stopPrank();
-        if (fresh) _opened.push(_idOf(draft.leaves[leaf]));
+        if (fresh) _noteOpened(_idOf(draft.leaves[leaf]));
         assertTrue(_stateOf(draft).pending >> k & 1 == 0);
     }
 
@@ -333,30 +327,45 @@ contract TabsInvariantTest is TabSwarm {
         vm.deal(who, who.balance + BOND);
         vm.prank(who);
         tabs.challengeLeaf{value: BOND}(draft.batch, draft.leaves[leaf], path);
-        _opened.push(_idOf(draft.leaves[leaf]));
+        _noteOpened(_idOf(draft.leaves[leaf]));
+    }
+
+    function _noteOpened(RequestId id) private {
+        _opened.push(id);
+        _ledger.opened(id);
+    }
+
+    function _close(RequestId id) private {
+        _isClosed[id] = true;
+        _ledger.closed(id);
     }
 
     /// MONEY-04: what is left of the pot is credited, to the wei.
     function _settle(uint256 i) private {
-        uint256 credits = _credits();
-        uint256 left = _pots[i] - tabs.batchOf(_batches[i]).taken;
+        uint256 credits = _ledger.credits();
+        uint256 left = _ledger.leftOf(i);
         Draft memory draft = _draftAt(i);
         vm.prank(_intruder);
         tabs.settle(draft.batch);
-        assertEq(_credits() - credits, left, "MONEY-04: credited");
-        _isOver[i] = true;
+        assertEq(_ledger.credits() - credits, left, "MONEY-04: credited");
+        _end(i);
     }
 
     /// MONEY-04: what is left of the pot is on the tabs again, to the wei.
     function _void(uint256 i) private {
-        uint256 before = _tabs();
-        uint256 left = _pots[i] - tabs.batchOf(_batches[i]).taken;
+        uint256 before = _ledger.onTabs();
+        uint256 left = _ledger.leftOf(i);
         Draft memory draft = _draftAt(i);
         vm.prank(_intruder);
         tabs.voidBatch(draft.batch);
-        assertEq(_tabs() - before, left, "MONEY-04: restored");
-        _isOver[i] = true;
+        assertEq(_ledger.onTabs() - before, left, "MONEY-04: restored");
+        _end(i);
         if (_isForged[i]) forgedAndVoid++;
+    }
+
+    function _end(uint256 i) private {
+        _isOver[i] = true;
+        _ledger.over(i);
     }
 
     // --------------------------------------------------------------------------------------------------------- requests
@@ -378,7 +387,9 @@ contract TabsInvariantTest is TabSwarm {
     /// @dev Fought out to its end by honest members.
     function _judge(RequestId id) private {
         if (escrow.requestOf(id).deadline <= block.timestamp + 6000) return _expire(id);
-        _draw(id);
+        while (verification.verificationOf(id).phase == Phase.AwaitingDraw) {
+            _draw(id); // or renew what has lapsed
+        }
         for (uint256 round = 1; escrow.requestOf(id).status == RequestStatus.Committed; round++) {
             _attestHonestly(id, NODES);
             if (verification.verificationOf(id).phase == Phase.Attesting) _endAttesting(id);
@@ -392,14 +403,14 @@ contract TabsInvariantTest is TabSwarm {
         } else {
             refundedByVerdict++;
         }
-        _isClosed[id] = true;
+        _close(id);
     }
 
     function _expire(RequestId id) private {
         uint256 deadline = escrow.requestOf(id).deadline;
         if (block.timestamp <= deadline) vm.warp(deadline + 1);
         escrow.claimRefund(id);
-        _isClosed[id] = true;
+        _close(id);
     }
 
     function _resolve(uint256 seed) private {
@@ -417,9 +428,9 @@ contract TabsInvariantTest is TabSwarm {
 
     /// MONEY-04: a bond goes back or to the executors, to the wei.
     function _resolveOf(RequestId id) private {
-        uint256 credits = _credits();
+        uint256 credits = _ledger.credits();
         tabs.resolveChallenge(id);
-        assertEq(_credits() - credits, BOND, "MONEY-04: bond");
+        assertEq(_ledger.credits() - credits, BOND, "MONEY-04: bond");
     }
 
     // ------------------------------------------------------------------------------------------------------- misbehaviour
@@ -463,7 +474,7 @@ contract TabsInvariantTest is TabSwarm {
         uint256 amount = 1 + seed % 1 ether;
         vm.deal(address(this), amount);
         new ForcedMoney().send{value: amount}(address(tabs));
-        _forced += amount;
+        _ledger.forced(amount);
     }
 
     function _closeTab(uint256 payer) private {
@@ -494,7 +505,7 @@ contract TabsInvariantTest is TabSwarm {
 
     /// @dev A batch of which something is left, so that somebody has a credit.
     function _settleFresh(uint256 seed) private {
-        uint256 i = _postSome((seed | 0xffff) / 0x100 * 0x100 + 0x200, false);
+        uint256 i = _postOf(1, 3, seed, false);
         _drawSome(i, seed | 1);
         _openAll(i);
         _settle(_passDeadline(i));
@@ -507,7 +518,7 @@ contract TabsInvariantTest is TabSwarm {
         vm.startPrank(_operator(node));
         if (account.thawing != 0 && block.timestamp >= account.thawEnd) {
             registry.withdraw(_hot(node));
-            _takenOut[node] += account.thawing;
+            _ledger.stakeTaken(node, account.thawing);
         } else if (account.staked - account.thawing > 2 ether) {
             registry.thaw(_hot(node), 0.1 ether);
         }
@@ -523,46 +534,8 @@ contract TabsInvariantTest is TabSwarm {
     }
 
     function _check() private view {
-        _checkMoney();
-        _checkStake();
-        for (uint256 i = 0; i < PAYERS; i++) {
-            assertGe(tabs.tabOf(_payer(i), publisher).collected, _collected[i]);
-            assertGe(tabs.tabOf(_payer(i), publisher).tickets, _tickets[i]);
-        }
-    }
-
-    /// MONEY-04, exactly: tabs, pots of unfinished batches, bonds, credits, and what was forced on the contract; MONEY-01 of the escrow.
-    function _checkMoney() private view {
-        uint256 owed = _tabs() + _credits() + _forced;
-        for (uint256 i = 0; i < _batches.length; i++) {
-            if (!_isOver[i]) owed += _pots[i] - tabs.batchOf(_batches[i]).taken;
-        }
-        uint256 deposits = escrow.creditOf(treasury);
-        for (uint256 k = 0; k < _opened.length; k++) {
-            if (tabs.challengerOf(_opened[k]) != address(0)) owed += BOND;
-            if (!_isClosed[_opened[k]]) deposits += escrow.requestOf(_opened[k]).deposit;
-        }
-        assertEq(address(tabs).balance, owed, "MONEY-04");
-        for (uint256 k = 0; k < NODES; k++) {
-            deposits += escrow.creditOf(_operator(k));
-        }
-        for (uint256 k = 0; k < PAYERS; k++) {
-            deposits += escrow.creditOf(_payer(k));
-        }
-        assertEq(address(escrow).balance, deposits, "MONEY-01 of the escrow");
-    }
-
-    /// STAKE-03: what a node had bonded when a batch was posted stays slashable until the batch, or its deadline, is over.
-    function _checkStake() private view {
-        for (uint256 i = 0; i < _batches.length; i++) {
-            if (_isOver[i] || _clock > tabs.batchOf(_batches[i]).deadline) continue;
-            for (uint256 k = 0; k < NODES; k++) {
-                if (_bondedAtPost[i][k] == 0) continue;
-                uint256 slashed = _slashedOf(k) - _slashedAtPost[i][k];
-                assertGe(registry.accountOf(_hot(k)).staked + slashed, _bondedAtPost[i][k], "STAKE-03");
-                assertGt(registry.accountOf(_hot(k)).openDuties, 0, "STAKE-03: a batch is a duty");
-            }
-        }
+        _ledger.checkMoney();
+        _ledger.checkStake(_clock);
     }
 
     function test_handler_performsEveryActionInARun() public {
@@ -598,38 +571,8 @@ contract TabsInvariantTest is TabSwarm {
         }
         for (uint256 i = 0; i < PAYERS; i++) {
             if (_tabBalance(i) != 0) _closeTab(i);
-            if (tabs.creditOf(_payer(i)) != 0) tabs.withdrawCredit(_payer(i));
         }
-        for (uint256 k = 0; k < NODES; k++) {
-            assertEq(registry.accountOf(_hot(k)).openDuties, 0, "a duty that nobody closes");
-            if (tabs.creditOf(_operator(k)) != 0) tabs.withdrawCredit(_operator(k));
-            if (tabs.creditOf(_hot(k)) != 0) tabs.withdrawCredit(_hot(k));
-        }
-        if (tabs.creditOf(treasury) != 0) tabs.withdrawCredit(treasury);
-        if (tabs.creditOf(_challenger) != 0) tabs.withdrawCredit(_challenger);
-        assertEq(address(tabs).balance, _forced, "MONEY-03");
-    }
-
-    // --------------------------------------------------------------------------------------------------------- shorthand
-
-    function _tabs() private view returns (uint256 sum) {
-        for (uint256 i = 0; i < PAYERS; i++) {
-            sum += _tabBalance(i);
-        }
-    }
-
-    function _credits() private view returns (uint256 sum) {
-        sum = tabs.creditOf(treasury) + tabs.creditOf(_challenger);
-        for (uint256 k = 0; k < NODES; k++) {
-            sum += tabs.creditOf(_operator(k)) + tabs.creditOf(_hot(k));
-        }
-        for (uint256 i = 0; i < PAYERS; i++) {
-            sum += tabs.creditOf(_payer(i));
-        }
-    }
-
-    function _slashedOf(uint256 node) private view returns (uint256) {
-        return STAKE - _takenOut[node] - registry.accountOf(_hot(node)).staked;
+        _ledger.finish();
     }
 
     receive() external payable {}
