@@ -29,7 +29,7 @@ import {TabTerms} from "./types/Terms.sol";
 
 /// @title Tabs, vouchers and batches
 /// @notice See IRequestTabs. No owner, no setter, no proxy.
-/// @dev MONEY-04: the balance is at least all tabs, what is left of the pots of unfinished batches, bonds held and credits; forced ether
+/// @dev MONEY-04: the balance is at least all tabs, what is left of the pots of unfinished batches, bonds of theirs and of open challenges, and credits; forced ether
 ///      only adds to it, because every payment is made out of a variable and never out of the balance. A batch is kept as its digest:
 ///      whoever calls brings the batch, and the digest says that it is the one that was posted.
 contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
@@ -47,6 +47,8 @@ contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
         "Segment(address requester,uint64 firstTicket,uint32 tickets,uint32 tokens,uint96 cumulative,bytes32 secretHash)"
     );
     bytes32 private constant _SHARE_TYPEHASH = keccak256("Share(address node,uint96 amount)");
+    /// @dev A lost bond goes here at once, so that nobody gains by a batch that goes void.
+    address private constant _BURN = 0x000000000000000000000000000000000000dEaD;
     uint256 private constant _BASIS_POINTS = 10_000;
     /// @dev All three bound the gas of the calls that walk over a batch.
     uint256 private constant _MAXIMUM_SEGMENTS = 128;
@@ -177,6 +179,7 @@ contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
     /// @inheritdoc IRequestTabs
     function post(Batch calldata batch, bytes[] calldata voucherSignatures, bytes[] calldata shareSignatures)
         external
+        payable
         returns (BatchId batchId)
     {
         batchId = batchIdOf(batch);
@@ -303,6 +306,7 @@ contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
         uint256 part = _executorsPart(pot);
         _credit(BatchId.unwrap(batchId), _treasury, pot - part);
         _payShares(batchId, batch.shares, part, whole);
+        _credit(BatchId.unwrap(batchId), batch.collector, _bondOf(batch));
         emit BatchSettled(batchId, part, pot - part, taken);
         registry.closeDuties(_nodesOf(batch.shares));
     }
@@ -325,8 +329,10 @@ contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
             restored += amount;
             _restore(batchId, batch.segments[i].requester, batch.collector, amount);
         }
-        emit BatchVoided(batchId, restored, record.taken);
+        uint256 bond = _bondOf(batch);
+        emit BatchVoided(batchId, restored, record.taken, bond);
         registry.closeDuties(_nodesOf(batch.shares));
+        SafeTransferLib.forceSafeTransferETH(_BURN, bond, _TRANSFER_GAS);
     }
 
     // ---------------------------------------------------------------------------------------------------------------------
@@ -423,6 +429,8 @@ contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
         if (plan.publisher != msg.sender) revert NotCollector(plan.publisher, msg.sender);
         if (batch.collector != msg.sender) revert NotCollector(batch.collector, msg.sender);
         if (batch.feePerToken != plan.feePerToken) revert FeeMismatch(plan.feePerToken, batch.feePerToken);
+        uint256 bond = _bondOf(batch);
+        if (msg.value != bond) revert BondMismatch(bond, msg.value);
         _requireBefore(batch.deadline);
         _requireCount(_MAXIMUM_SEGMENTS, batch.segments.length);
         _requireCount(_MAXIMUM_SHARES, batch.shares.length);
@@ -755,6 +763,11 @@ contract RequestTabs is IRequestTabs, EIP712, ReentrancyGuardTransient {
         for (uint256 i; i < batch.segments.length; ++i) {
             pot += _chargeOf(batch.segments[i], batch.feePerToken);
         }
+    }
+
+    /// @dev The fee of the tokens of one draw.
+    function _bondOf(Batch calldata batch) private view returns (uint256) {
+        return uint256(_tokensPerDraw) * batch.feePerToken;
     }
 
     function _chargeOf(Segment calldata segment, uint256 feePerToken) private pure returns (uint256) {

@@ -132,8 +132,11 @@ struct BatchState {
 ///         not open a drawn leaf is void: nobody is paid for any of it.
 /// @dev The rule of the draw. A batch of T tokens has k = ceil(T / tokensPerDraw) draws of one token each, independent and uniform over the
 ///      T tokens. A request of w tokens is missed with probability (1 - w/T)^k <= exp(-w / tokensPerDraw), whatever it is next to: to
-///      split, merge or pad requests gains nothing, and a batch has at least one draw. Who cheats for w tokens and does not open loses
-///      the whole pot with probability of at least w/T, that is on average no less than the fee of the w tokens.
+///      split, merge or pad requests gains nothing.
+///      Why void is no way out. A collector puts down the fee of tokensPerDraw tokens and loses it with a void batch. For x = w /
+///      tokensPerDraw, who cheats for w tokens and does not open loses with probability of at least 1 - exp(-x) the bond and the fee of
+///      those tokens, on average (1 - exp(-x)) (1 + x) times the bond, which is never less than the fee of x times the bond that
+///      the cheat is paid at most; whatever else is in the batch, requests of its own included.
 ///      Why nobody steers it. The segment of a draw follows from the hash of the block after the post, its token inside the segment
 ///      also from that requester's secret. So a proposer in league with a collector could at most move draws between segments, and
 ///      a requester in league with it governs nothing but its own segment. A secret that is on record in time counts in any case, one
@@ -219,7 +222,7 @@ interface IRequestTabs {
     );
     event ChallengeResolved(RequestId indexed requestId, address indexed challenger, bool upheld, uint256 bond);
     event BatchSettled(BatchId indexed batchId, uint256 paidToExecutors, uint256 protocolFee, uint256 taken);
-    event BatchVoided(BatchId indexed batchId, uint256 restored, uint256 taken);
+    event BatchVoided(BatchId indexed batchId, uint256 restored, uint256 taken, uint256 burned);
     /// @dev `source` is the batch, or the request whose challenge is resolved.
     event Credited(bytes32 indexed source, address indexed account, uint256 amount, uint256 credit);
     event CreditWithdrawn(address indexed account, uint256 amount);
@@ -233,13 +236,15 @@ interface IRequestTabs {
     /// @notice Take out what the sender's closed tab holds. What a void batch brings back later can be taken out at once.
     function withdrawTab(address collector) external;
 
-    /// @notice Charge the tabs for a batch. The collector only, which is the publisher of the plan. Opens a duty for each share's node.
+    /// @notice Charge the tabs for a batch. The collector only, which is the publisher of the plan. Opens a duty for each share's node. The
+    ///         value is the collector's bond, tokensPerDraw times the fee: credited when the batch is settled, burned when it is void.
     /// @dev Each segment is charged its tokens times the fee, no more than its voucher adds to the last one and than the tab holds.
     /// @param voucherSignatures by the requester of each segment: EIP-712 `Voucher(address requester,address collector,uint96
     ///        cumulative,bytes32 secretHash)` under domain {name "bsns RequestTabs", version "1", chainId, verifyingContract}.
     /// @param shareSignatures by the node of each share over the batch id. The shares add up to the pot less the protocol fee.
     function post(Batch calldata batch, bytes[] calldata voucherSignatures, bytes[] calldata shareSignatures)
         external
+        payable
         returns (BatchId batchId);
 
     /// @notice Put the secret of one segment on record, until the secret deadline. Anyone who knows it; `draw` with all secrets makes it

@@ -101,7 +101,8 @@ abstract contract RequestTabsScenario is TabSwarm {
 
     /// MONEY-04 with the given payers and one unfinished batch at most.
     function _assertBalanced(uint256 payers, uint256 pot, uint256 bonds) internal view {
-        uint256 owed = pot + bonds + tabs.creditOf(treasury) + tabs.creditOf(_challenger);
+        uint256 owed = pot + bonds + tabs.creditOf(publisher) + tabs.creditOf(treasury) + tabs.creditOf(_challenger);
+        if (pot != 0) owed += uint256(_tabTerms().tokensPerDraw) * FEE; // the collector's
         for (uint256 i = 0; i < payers; i++) {
             owed += _tabBalance(i);
         }
@@ -347,6 +348,16 @@ contract RequestTabsPostTest is RequestTabsScenario {
         draft.batch.feePerToken = FEE + 1;
         _signDraft(draft);
         _expectNotPosted(draft, abi.encodeWithSelector(IRequestTabs.FeeMismatch.selector, FEE, FEE + 1));
+    }
+
+    function test_post_withAnotherBond_reverts() public {
+        Draft memory draft = _draftOf(_plan, 0, 1);
+        uint256 bond = _bondOf(draft.batch);
+        assertEq(bond, uint256(tabs.terms().tokensPerDraw) * FEE);
+        vm.deal(publisher, bond);
+        vm.expectRevert(abi.encodeWithSelector(IRequestTabs.BondMismatch.selector, bond, bond - 1));
+        vm.prank(publisher);
+        tabs.post{value: bond - 1}(draft.batch, draft.vouchers, draft.consents);
     }
 
     function test_post_late_reverts() public {
@@ -607,6 +618,27 @@ contract RequestTabsDrawTest is RequestTabsScenario {
         assertEq(abi.encode(_stateOf(draft).offsets), abi.encode(_offsets(draft, entropy, counted)));
     }
 
+    /// A requester that shows its secret or not chooses among two draws of its own segment, and of no other.
+    function test_TAB_03_draw_withoutASecret_movesNothingOutsideItsSegment() public {
+        Draft memory draft = _draft(_plan, _three(), 100);
+        _postFunded(draft);
+        tabs.recordSecret(draft.batch, 0, draft.secrets[0]);
+        tabs.recordSecret(draft.batch, 2, draft.secrets[2]);
+        uint256 state = vm.snapshotState();
+        _drawBatch(draft);
+        uint32[] memory shown = _stateOf(draft).offsets;
+        vm.revertToState(state);
+        vm.warp(uint256(_stateOf(draft).secretDeadline) + 1);
+        _drawBatch(draft);
+        uint32[] memory withheld = _stateOf(draft).offsets;
+        uint32 tokens = draft.batch.segments[0].tokens;
+        assertEq(shown.length, 6, "5700 tokens at 1024 a draw");
+        for (uint256 i = 0; i < shown.length; i++) {
+            assertEq(shown[i] / tokens, withheld[i] / tokens, "the segment of a draw");
+            if (shown[i] / tokens != 1) assertEq(shown[i], withheld[i], "the token of a draw");
+        }
+    }
+
     function test_draw_withARecordedSecret_needsItNoMore() public {
         Draft memory draft = _draft(_plan, _three(), 30);
         _postFunded(draft);
@@ -672,8 +704,9 @@ contract RequestTabsDrawTest is RequestTabsScenario {
         vm.expectEmit(address(tabs));
         emit IRequestTabs.TabRestored(id, _payer(0), publisher, pot, pot);
         vm.expectEmit(address(tabs));
-        emit IRequestTabs.BatchVoided(id, pot, 0);
+        emit IRequestTabs.BatchVoided(id, pot, 0, _bondOf(draft.batch));
         tabs.voidBatch(draft.batch);
+        assertEq(address(0xdEaD).balance, _bondOf(draft.batch), "the collector's bond is burned");
         _assertBatch(draft, BatchStatus.Void);
         assertEq(_duties(0), 0);
         _assertBalanced(1, 0, 0);
@@ -1124,7 +1157,8 @@ contract RequestTabsMoneyTest is RequestTabsScenario {
         tabs.settle(draft.batch);
         _assertBalanced(1, 0, 0);
         uint256 charge = uint256(LEAF_TOKENS) * FEE;
-        assertEq(address(tabs).balance, (requests - 1) * charge);
+        assertEq(tabs.creditOf(publisher), _bondOf(draft.batch));
+        assertEq(address(tabs).balance, (requests - 1) * charge + _bondOf(draft.batch));
         assertEq(address(escrow).balance, charge);
     }
 
@@ -1192,7 +1226,7 @@ contract RequestTabsMoneyTest is RequestTabsScenario {
         Draft memory draft = _draft(_plan, _two(), 4);
         _openedBatch(draft);
         tabs.settle(draft.batch);
-        uint256 owed = tabs.creditOf(treasury);
+        uint256 owed = tabs.creditOf(treasury) + tabs.creditOf(publisher);
         for (uint256 i = 0; i < STAGES; i++) {
             owed += tabs.creditOf(_operator(i));
         }

@@ -244,6 +244,11 @@ abstract contract TabSwarm is Swarm {
         return leaf.ticket.promptTokens + leaf.outputTokens;
     }
 
+    /// @dev What the collector puts down.
+    function _bondOf(Batch memory batch) internal view returns (uint256) {
+        return uint256(_tabTerms().tokensPerDraw) * batch.feePerToken;
+    }
+
     function _potOf(Batch memory batch) internal pure returns (uint256 pot) {
         for (uint256 i = 0; i < batch.segments.length; i++) {
             pot += uint256(batch.segments[i].tokens) * batch.feePerToken;
@@ -322,8 +327,10 @@ abstract contract TabSwarm is Swarm {
     // ------------------------------------------------------------------------------------------------------------- acts
 
     function _post(Draft memory draft) internal returns (BatchId id) {
+        uint256 bond = _bondOf(draft.batch);
+        vm.deal(publisher, publisher.balance + bond);
         vm.prank(publisher);
-        id = tabs.post(draft.batch, draft.vouchers, draft.consents);
+        id = tabs.post{value: bond}(draft.batch, draft.vouchers, draft.consents);
     }
 
     /// @dev Funded to the wei, posted.

@@ -88,11 +88,11 @@ contract TabsLedger is TabSwarm {
 
     // -------------------------------------------------------------------------------------------------------- invariants
 
-    /// MONEY-04, exactly: tabs, pots of unfinished batches, bonds, credits, and what was forced on the contract; MONEY-01 of the escrow.
+    /// MONEY-04, exactly: tabs, pots and bonds of unfinished batches, bonds of challenges, credits, and what was forced on the contract; MONEY-01 of the escrow.
     function checkMoney() external view {
         uint256 owed = onTabs() + credits() + _forced;
         for (uint256 i = 0; i < _batches.length; i++) {
-            if (!_isOver[i]) owed += leftOf(i);
+            if (!_isOver[i]) owed += leftOf(i) + bond();
         }
         uint256 deposits = escrow.creditOf(treasury);
         for (uint256 k = 0; k < _opened.length; k++) {
@@ -134,6 +134,7 @@ contract TabsLedger is TabSwarm {
             _withdraw(_payer(i));
         }
         _withdraw(treasury);
+        _withdraw(publisher);
         _withdraw(_CHALLENGER);
         assertEq(address(tabs).balance, _forced, "MONEY-03");
     }
@@ -143,6 +144,11 @@ contract TabsLedger is TabSwarm {
     }
 
     // ------------------------------------------------------------------------------------------------------------ views
+
+    /// @dev The collector's, for each batch.
+    function bond() public view returns (uint256) {
+        return uint256(_tabTerms().tokensPerDraw) * FEE;
+    }
 
     function leftOf(uint256 i) public view returns (uint256) {
         return _pots[i] - tabs.batchOf(_batches[i]).taken;
@@ -155,7 +161,7 @@ contract TabsLedger is TabSwarm {
     }
 
     function credits() public view returns (uint256 sum) {
-        sum = tabs.creditOf(treasury) + tabs.creditOf(_CHALLENGER);
+        sum = tabs.creditOf(treasury) + tabs.creditOf(publisher) + tabs.creditOf(_CHALLENGER);
         for (uint256 k = 0; k < _NODES; k++) {
             sum += tabs.creditOf(_operator(k));
         }
