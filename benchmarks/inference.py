@@ -15,7 +15,7 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,6 +56,15 @@ TOPICS = (
     "submarines", "the moon", "paper", "vaccines", "windmills", "the Silk Road", "whales", "concrete",
     "photography", "deserts", "the piano", "rivers", "satellites", "clocks", "cotton", "maps",
 )  # fmt: skip
+# Asked for word for word: what drafting by look-up can gain at the most.
+QUOTATIONS = (
+    "The harbour town of Saltmere lies on a narrow spit of land between the river and the sea. Its lighthouse, built "
+    "in 1824, is 31 metres high and was the first on this coast to burn gas instead of oil.",
+    "To change a bicycle tyre, first release the brake and take the wheel out of the frame. Push one side of the tyre "
+    "over the rim with two levers, pull the tube out, and look for what made the hole before you put a new one in.",
+    "The committee met on Tuesday to discuss the new library. Three plans were shown: one in the old market hall, one "
+    "beside the school, and one above the railway station. It will vote on them in the second week of May.",
+)
 ANSWER_TOKENS = 64
 DELAY_TOKENS = 32
 WARM_TOKENS = 16
@@ -65,7 +74,7 @@ STREAMS = (1, 8, 32)
 BATCHES = (1, 2, 4, 8, 16, 32)
 SWARM_NODES = 6
 DELAYS_S = (0.01, 0.05, 0.1)
-SPECULATION_TOKENS = 4
+SPECULATION_TOKENS = 8
 HOG_SETTLES_S = 0.5
 
 Result = TypeVar("Result")
@@ -79,6 +88,7 @@ class Bench:
 
     model_folder: Path
     prompts: list[list[int]]
+    quotations: list[list[int]]
     quick: bool
     stack: AsyncExitStack
     references: dict[str, Reference] = field(default_factory=dict)
@@ -352,40 +362,87 @@ async def hogs() -> AsyncIterator[None]:
 
 
 async def delay(bench: Bench) -> list[Figure]:
-    """One stream through two nodes whose links take 10, 50 and 100 ms, against what the links alone would allow."""
-    variants: dict[str, tuple[str, ...]] = {"": ()}
-    if node_takes("speculation_tokens"):
-        variants[", speculation"] = ("--speculation-tokens", str(SPECULATION_TOKENS))
+    """One stream through two nodes whose links take 10, 50 and 100 ms, against what the links alone would allow; with
+    and without drafts, of a text that repeats little (an essay) and of one that repeats the prompt (a quotation).
+    """
     figures: list[Figure] = []
-    for label, options in variants.items():
-        rates: dict[float, list[float]] = {}
-        async with Swarm.running(
-            f"delay{label.replace(', ', '-')}", bench.model_folder, stages=2, node_options=options, delay_s=0.0
-        ) as swarm:
-            await one_stream(swarm, bench.prompts[0], WARM_TOKENS)
-            for number in range(bench.rounds(3)):
-                for seconds in (0.0, *DELAYS_S):
-                    for proxy in swarm.proxies:
-                        proxy.delay_s = seconds
-                    answer = await one_stream(swarm, bench.prompts[number], DELAY_TOKENS)
-                    rates.setdefault(seconds, []).append(decode_rate(answer.arrivals))
-                    progress(f"{1e3 * seconds:.0f} ms a hop{label}: {rates[seconds][-1]:.2f} tokens/s")
-            hops = len(swarm.parts)
-        without = 1 / statistics.median(rates[0.0])
-        for seconds in DELAYS_S:
-            name = f"{1e3 * seconds:.0f} ms a hop{label}"
-            limit = 1 / (hops * seconds)
-            possible = 1 / (hops * seconds + without)
-            note = (
-                f"the links alone allow {limit:.4g} tokens/s, with this swarm's own time without delay {possible:.4g}"
+    found: dict[tuple[str, str, float], list[Decoded]] = {}
+    texts = {"": bench.prompts, ", quotation": bench.quotations}
+    async with AsyncExitStack() as stack:
+        swarms: dict[str, Swarm] = {}
+        for label, drafts in (("", 0), (", drafts", SPECULATION_TOKENS)):
+            options = ("--speculation-tokens", str(drafts))
+            swarms[label] = await stack.enter_async_context(
+                Swarm.running(f"delay-{drafts}", bench.model_folder, stages=2, node_options=options, delay_s=0.0)
             )
-            figures += [
-                middle(name, rates[seconds], "tokens/s", None, note),
-                middle(f"{name} / limit of the links", [rate / limit for rate in rates[seconds]], "ratio"),
+            await one_stream(swarms[label], bench.prompts[0], WARM_TOKENS)
+        for number in range(bench.rounds(3)):
+            for seconds in (0.0, *DELAYS_S):
+                for proxy in (proxy for swarm in swarms.values() for proxy in swarm.proxies):
+                    proxy.delay_s = seconds
+                for text, prompts in texts.items():
+                    prompt = prompts[number % len(prompts)]
+                    sides = (partial(one_stream, swarm, prompt, DELAY_TOKENS) for swarm in swarms.values())
+                    for label, answer in zip(swarms, await in_turn(number, *sides)):
+                        found.setdefault((text, label, seconds), []).append(answer)
+                        progress(
+                            f"{1e3 * seconds:.0f} ms a hop{text}{label}: {decode_rate(answer.arrivals):.2f} tokens/s, "
+                            f"{answer.accepted} of {answer.drafted} drafts accepted"
+                        )
+        hops = len(swarms[""].parts)
+    rates = {key: [decode_rate(answer.arrivals) for answer in answers] for key, answers in found.items()}
+    for text in texts:
+        for label in ("", ", drafts"):
+            name, without = f"no delay{text}{label}", 1 / statistics.median(rates[text, label, 0.0])
+            figures.append(middle(name, rates[text, label, 0.0], "tokens/s"))
+            for seconds in DELAYS_S:
+                name = f"{1e3 * seconds:.0f} ms a hop{text}{label}"
+                limit = 1 / (hops * seconds)
+                possible = 1 / (hops * seconds + without)
+                note = (
+                    f"a token a round, the links alone allow {limit:.4g} tokens/s, with this swarm's own time without "
+                    f"delay {possible:.4g}"
+                )
+                measured = rates[text, label, seconds]
+                figures += [
+                    middle(name, measured, "tokens/s", None, note),
+                    middle(f"{name} / limit of the links", [rate / limit for rate in measured], "ratio"),
+                ]
+            bench.delays[f"swarm{text}{label}"] = [
+                (1e3 * seconds, statistics.median(rates[text, label, seconds])) for seconds in DELAYS_S
             ]
-        bench.delays[f"swarm{label}"] = [(1e3 * seconds, statistics.median(rates[seconds])) for seconds in DELAYS_S]
-        bench.delays["limit: 1 / sum of the hops"] = [(1e3 * seconds, 1 / (hops * seconds)) for seconds in DELAYS_S]
+        for seconds in (0.0, *DELAYS_S):
+            name = f"{1e3 * seconds:.0f} ms a hop{text}: drafts / none"
+            figures.append(ratio(name, rates[text, ", drafts", seconds], rates[text, "", seconds]))
+        figures += draft_figures(text, found)
+    bench.delays["limit: 1 / sum of the hops"] = [(1e3 * seconds, 1 / (hops * seconds)) for seconds in DELAYS_S]
     return figures
+
+
+def draft_figures(text: str, found: Mapping[tuple[str, str, float], Sequence[Decoded]]) -> list[Figure]:
+    """How many drafts were right, what they saved, and that no answer is another one for them."""
+    pairs = [
+        (drafted, plain)
+        for (kind, label, seconds), answers in found.items()
+        if kind == text and label
+        for drafted, plain in zip(answers, found[text, "", seconds], strict=True)
+    ]
+    accepted = [answer.accepted / max(1, answer.drafted) for answer, _ in pairs]
+    steps = [len(answer.tokens) / (len(answer.tokens) - answer.accepted) for answer, _ in pairs]
+    equal = [float(answer.tokens == plain.tokens) for answer, plain in pairs]
+    return [
+        middle(f"drafts accepted{text}", accepted, "share"),
+        middle(f"tokens a step with drafts{text}", steps, "tokens"),
+        Figure(
+            f"answers with drafts equal to those without{text}",
+            statistics.mean(equal),
+            "share",
+            min(equal),
+            max(equal),
+            len(equal),
+            "== 1",
+        ),
+    ]
 
 
 async def memory(bench: Bench) -> list[Figure]:
@@ -469,9 +526,10 @@ async def run(chosen: Sequence[str], quick: bool) -> list[Figure]:
     model_folder = prepare(report=progress)
     tokenizer = ChatTokenizer(model_folder)
     prompts = [tokenizer.prompt_token_ids(QUESTION.format(topic=topic)) for topic in TOPICS]
+    quotations = [tokenizer.prompt_token_ids(f"Repeat this text word for word:\n\n{text}") for text in QUOTATIONS]
     figures: list[Figure] = []
     async with AsyncExitStack() as stack:
-        bench = Bench(model_folder, prompts, quick, stack)
+        bench = Bench(model_folder, prompts, quotations, quick, stack)
         for name, section in SECTIONS.items():
             if name in chosen:
                 print(f"\n== {name}", flush=True)

@@ -140,6 +140,9 @@ class Swarm:
                     *(sys.executable, "-m", "benchmarks.inference_node"),
                     *(("--passes", str(folder / f"passes-{index}")) if timed else ()),
                     *("--threads", "1", "--listen", f"127.0.0.1:{listen[index]}"),
+                    # A pass a token, as in what the swarm is compared with; a section that measures drafts asks for
+                    # them.
+                    *("--speculation-tokens", "0"),
                     *(("--advertise", f"127.0.0.1:{proxies[index].port}") if proxies else ()),
                     *node_options,
                     "--",
@@ -291,7 +294,9 @@ class Swarm:
             arrivals.append(time.monotonic())
         if session.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"a stream ended after {len(arrivals)} tokens: {session.finish_reason}")
-        return Decoded(session.tokens, began, tuple(arrivals))
+        # The drafts behind the last step were never computed.
+        drafted = sum(len(drafts) for drafts in session.drafts[:-1])
+        return Decoded(session.tokens, began, tuple(arrivals), drafted, len(session.tokens) - len(session.drafts))
 
 
 @contextlib.contextmanager

@@ -36,11 +36,15 @@ Decode = Callable[[list[int], int, Callable[[int], None]], None]
 
 @dataclass(frozen=True)
 class Decoded:
-    """An answer: `arrivals` has the moment of each token, in seconds of the machine's monotonic clock."""
+    """An answer: `arrivals` has the moment of each token, in seconds of the machine's monotonic clock. Of the `drafted`
+    tokens that were computed along with others, `accepted` belong to it.
+    """
 
     tokens: tuple[int, ...]
     began: float
     arrivals: tuple[float, ...]
+    drafted: int = 0
+    accepted: int = 0
 
 
 class ReferenceError(RuntimeError):

@@ -12,43 +12,36 @@ see benchmarks/sketch_separation_vision.py.
 
 import argparse
 import json
-import os
 import platform
 import random
 import subprocess
-import sys
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cache
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks import sketch_separation_vision
+from benchmarks.verification_cheats import CHEATS, INT8_ROWS, MORE_BITS, last_step_only, one_row_changed
+from benchmarks.verification_traces import (
+    CUTS,
+    PROMPTS,
+    Execute,
+    Outputs,
+    Recording,
+    answer,
+    honest_stages,
+    honest_ways,
+    in_one_pass,
+    on_older_processor,
+)
 from bsns.protocol.sketch import TOLERANCES, SketchTolerance, StageSketch, distance, fingerprint_distance
 from bsns.requester.chat_tokenizer import ChatTokenizer
-from bsns.runtime import decoder_blocks, decoder_executor
-from bsns.runtime.decoder_executor import StageExecutor
-from bsns.runtime.executor import BatchStep, StepInput, reexecute
 from bsns.runtime.prepare import prepare
-from bsns.runtime.weight_store import HashProgress, WeightStore
 
-CUTS = (0, 11, 21, 32)
 LENGTHS = (1, 8, 32)
-PROMPTS = (
-    "What is the capital of France?",
-    "Write a short story about a lighthouse keeper who finds a bottle with a letter in it.",
-    "Explain why the sky is blue and why sunsets are red, in terms that a ten year old child would understand.",
-    "def fibonacci(n):  # complete this function and explain what it does",
-)
 # Longer than the 256 rows of a re-execution's piece; answered with 8 tokens.
 LONG_PROMPT = "Answer all of these, several times. " + " ".join(PROMPTS * 4)
 LONG_PROMPT_TOKENS = 8
@@ -63,316 +56,23 @@ PARTS = {
 # Sketch seeds and short prompts of the parts that are not measured with all of them, which keeps the run short.
 FEWER_SEEDS = {"bfloat16": 4, "int8": 4}
 FEWER_PROMPTS = {"bfloat16": 2, "int8": 2}
-OTHER_SESSIONS = (2, 8, 32)
-# AVX2 for PyTorch's and MKL's kernels; oneDNN without the instructions for bfloat16 and for sums of 8-bit products.
-OLDER_PROCESSOR = {
-    "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
-}  # fmt: skip
 RESULT = Path(__file__).parent / "results" / "sketch_separation.json"
 
-Outputs = list[np.ndarray[Any, np.dtype[np.float32]]]
 # By stage, way of executing and tokens of the answer: distances of sketch and fingerprint, largest relative error and,
 # at the last stage, largest difference of a logit.
 Figures = dict[tuple[str, str, int], dict[str, list[float]]]
 
 
-@dataclass(frozen=True)
-class Recording:
-    """What one stage took and gave while a prompt was answered token by token, by itself: the reference."""
-
-    steps: list[StepInput] = field(default_factory=list)
-    outputs: Outputs = field(default_factory=list)
-
-
-Execute = Callable[[Recording], Outputs]
-
-
-@cache
-def tensors_of(folder: Path, index: int) -> dict[str, Tensor]:
-    """A unit's tensors as they are: checked once, then shared by all stages that are built."""
-    return WeightStore(folder).load_unit(index)
-
-
-class ChangedWeights(WeightStore):
-    """A model folder in which each matrix of the blocks and of the head is exchanged for what `change` makes of it."""
-
-    def __init__(self, folder: Path, change: Callable[[Tensor], Tensor] = lambda weight: weight) -> None:
-        super().__init__(folder)
-        self._change = change
-
-    def load_unit(self, index: int, progress: HashProgress | None = None) -> dict[str, Tensor]:
-        tensors = dict(tensors_of(self.folder, index))
-        if self.manifest.units[index].kind == "embedding":
-            return tensors
-        return {name: self._change(tensor) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
-
-
-class UndeclaredProduct:
-    """Stands where a packed matrix does, and multiplies by `product` of inputs and weight."""
-
-    def __init__(self, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.out_features, self.in_features = weight.shape
-        self.memory_bytes = weight.nbytes
-        self._weight, self._product = weight, product
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x, self._weight)
-
-
-@dataclass(frozen=True)
-class Cheat:
-    """How a dishonest node's stage departs from the declared class: its weights, the executor's arithmetic, or another
-    arithmetic altogether; in all of its blocks and the head, or in the middle block only.
-    """
-
-    change: Callable[[Tensor], Tensor] = lambda weight: weight
-    arithmetic: str | None = None
-    product: Callable[[Tensor, Tensor], Tensor] | None = None
-    one_block: bool = False
-    skips_one: bool = False
-
-    def stage(self, folder: Path, number: int, declared: str) -> StageExecutor:
-        """The dishonest node's stage."""
-        first, end = CUTS[number], CUTS[number + 1]
-        if not (self.one_block or self.skips_one):
-            return self._built(folder, first, end, declared)
-        executor = StageExecutor(ChangedWeights(folder), first, end, arithmetic=declared)
-        middle = len(executor._blocks) // 2
-        if self.skips_one:
-            del executor._blocks[middle]
-        else:
-            unit = first + middle + int(executor.has_embedding)
-            executor._blocks[middle] = self._built(folder, unit, unit + 1, declared)._blocks[0]
-        return executor
-
-    def _built(self, folder: Path, first: int, end: int, declared: str) -> StageExecutor:
-        with ExitStack() as patches:
-            if (product := self.product) is not None:
-                for module in (decoder_blocks, decoder_executor):
-                    made = mock.patch.object(module, "pack", lambda weight, *_: UndeclaredProduct(weight, product))
-                    patches.enter_context(made)
-            return StageExecutor(
-                ChangedWeights(folder, self.change), first, end, arithmetic=self.arithmetic or declared
-            )
-
-
-def integer_rows(bits: int, group: int | None = None) -> Callable[[Tensor], Tensor]:
-    """Weights in `bits` bits, with a scale for each row or for each `group` of a row."""
-    largest = 2 ** (bits - 1) - 1
-
-    def change(weight: Tensor) -> Tensor:
-        grouped = weight.reshape(-1, group or weight.shape[1])
-        scale = grouped.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / largest
-        return (torch.round(grouped / scale).clamp(-largest, largest) * scale).view_as(weight)
-
-    return change
-
-
-def nf4(weight: Tensor) -> Tensor:
-    """Sixteen levels by the quantiles of a normal distribution, a scale for each 64 (QLoRA, arXiv 2305.14314)."""
-    levels = torch.tensor(
-        [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0,
-         0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
-    )  # fmt: skip
-    grouped = weight.reshape(-1, 64)
-    scale = grouped.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
-    nearest = torch.bucketize(grouped / scale, (levels[1:] + levels[:-1]) / 2)
-    return (levels[nearest] * scale).view_as(weight)
-
-
-def percent_noise(percent: float) -> Callable[[Tensor], Tensor]:
-    def change(weight: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(weight.shape[0])
-        return weight + percent / 100 * weight.std() * torch.randn(weight.shape, generator=generator)
-
-    return change
-
-
-def in_bfloat16(weight: Tensor) -> Tensor:
-    return weight.bfloat16().float()
-
-
-def half_product(x: Tensor, weight: Tensor) -> Tensor:
-    return (x.half() @ weight.half().t()).float()
-
-
-def eight_bit_inputs(x: Tensor, weight: Tensor) -> Tensor:
-    return integer_rows(8)(x) @ weight.t()
-
-
-def llm_int8(x: Tensor, weight: Tensor) -> Tensor:
-    """Inputs in 8 bits a row, but for the channels in which some row exceeds 6 (LLM.int8(), arXiv 2208.07339)."""
-    large = (x.abs() > 6).any(dim=0)
-    return integer_rows(8)(x.masked_fill(large, 0.0)) @ weight.t() + x[:, large] @ weight[:, large].t()
-
-
-INT8_ROWS = "int8 weights, per row"
-# More bits than a class declares: nobody gains by that, so it has no goal.
-MORE_BITS = frozenset({"cheat: float32 arithmetic", "cheat: bf16 arithmetic in place of int8"})
-FEWER_BITS: dict[str, Cheat] = {
-    "int4 weights, per row": Cheat(integer_rows(4)),
-    "int4 weights, groups of 32": Cheat(integer_rows(4, 32)),
-    "nf4 weights": Cheat(nf4),
-    "LLM.int8() arithmetic": Cheat(integer_rows(8), "float32", llm_int8),
-    "8-bit weights and inputs, per row": Cheat(integer_rows(8), "float32", eight_bit_inputs),
-    "one block skipped": Cheat(skips_one=True),
-    "weights + 1 % noise": Cheat(percent_noise(1)),
-    "weights + 0.1 % noise": Cheat(percent_noise(0.1)),
-    "one block with int4 weights, groups of 32": Cheat(integer_rows(4, 32), one_block=True),
-}
-CHEATS: dict[str, dict[str, Cheat]] = {
-    "float32": {
-        INT8_ROWS: Cheat(integer_rows(8)),
-        "int8 arithmetic": Cheat(arithmetic="int8"),
-        "bf16 weights": Cheat(in_bfloat16),
-        "bf16 arithmetic": Cheat(arithmetic="bfloat16"),
-        "fp16 arithmetic": Cheat(product=half_product),
-        "one block with bf16 weights": Cheat(in_bfloat16, one_block=True),
-        **FEWER_BITS,
-    },
-    "bfloat16": {
-        INT8_ROWS: Cheat(integer_rows(8)),
-        "int8 arithmetic": Cheat(arithmetic="int8"),
-        "one block in int8 arithmetic": Cheat(arithmetic="int8", one_block=True),
-        "float32 arithmetic": Cheat(arithmetic="float32"),
-        **FEWER_BITS,
-    },
-    "int8": {
-        "bf16 arithmetic in place of int8": Cheat(arithmetic="bfloat16"),
-        "float32 arithmetic": Cheat(arithmetic="float32"),
-        "one block with 8-bit weights and inputs": Cheat(integer_rows(8), "float32", eight_bit_inputs, one_block=True),
-        **FEWER_BITS,
-    },
-}
-
-
-def answer(stages: Sequence[StageExecutor], prompt: list[int], tokens: int) -> list[Recording]:
-    """Greedy decoding token by token; what each stage took and gave at each step."""
-    sessions = [stage.new_session(len(prompt) + tokens) for stage in stages]
-    recordings = [Recording() for _ in stages]
-    rows, position = torch.tensor(prompt), 0
-    for _ in range(tokens):
-        values = rows
-        for stage, session, recording in zip(stages, sessions, recordings, strict=True):
-            recording.steps.append(StepInput(position, values))
-            values = stage.forward(session, values, position=position)
-            recording.outputs.append(values.numpy())
-        position += len(rows)
-        rows = values[-1:].argmax(dim=1)
-    return recordings
-
-
-def in_one_pass(stage: StageExecutor, chunk_rows: int = 256) -> Execute:
-    return lambda recording: arrays(reexecute(stage, recording.steps, chunk_rows=chunk_rows))
-
-
-def step_by_step(stage: StageExecutor, others: int = 0, other_rows: Tensor | None = None) -> Execute:
-    """Decoding as it was, in a batch with `others` sessions that take one of `other_rows` at each step."""
-
-    def execute(recording: Recording) -> Outputs:
-        session = stage.new_session(sum(len(step.inputs) for step in recording.steps))
-        beside = [stage.new_session(len(recording.steps)) for _ in range(others)]
-        outputs = []
-        for place, step in enumerate(recording.steps):
-            batch = [BatchStep(session, step.inputs, step.position)]
-            for number, other in enumerate(beside):
-                assert other_rows is not None
-                row = (place * others + number) % len(other_rows)
-                batch.append(BatchStep(other, other_rows[row : row + 1], place))
-            # Not the first of the batch, where a kernel's tile begins.
-            batch.append(batch.pop(0))
-            output = stage.forward_batch(batch)[-1]
-            assert isinstance(output, Tensor), output
-            outputs.append(output)
-        return arrays(outputs)
-
-    return execute
-
-
-def one_row_changed(stage: StageExecutor) -> Execute:
-    """One pass with a row in the middle of the prompt exchanged for its neighbour (the first stage: another token)."""
-
-    def execute(recording: Recording) -> Outputs:
-        first = recording.steps[0].inputs.clone()
-        middle = len(first) // 2
-        first[middle] = first[middle] + 1 if first.ndim == 1 else first[middle - 1]
-        return arrays(reexecute(stage, [StepInput(0, first), *recording.steps[1:]]))
-
-    return execute
-
-
-def last_step_only(cheat: Execute) -> Execute:
-    """A node that cheats in the last step and was honest before."""
-    return lambda recording: [*recording.outputs[:-1], cheat(recording)[-1]]
-
-
 def ways(folder: Path, number: int, declared: str, recordings: Sequence[Recording]) -> Iterator[tuple[str, Execute]]:
     """Every way in which stage `number` is executed again, honest ones first. Stages are built one after the other."""
-
-    def stage(**options: Any) -> StageExecutor:
-        return StageExecutor(ChangedWeights(folder), CUTS[number], CUTS[number + 1], arithmetic=declared, **options)
-
-    plain = stage()
-    yield "honest: one pass", in_one_pass(plain)
-    yield "honest: pieces of 32", in_one_pass(plain, 32)
-    yield "honest: pieces of 7", in_one_pass(plain, 7)
-    rows = torch.cat([step.inputs for recording in recordings for step in recording.steps])
-    for others in OTHER_SESSIONS:
-        yield f"honest: decode beside {others} sessions", step_by_step(plain, others, rows)
-    yield "cheat: one prompt row changed", one_row_changed(plain)
-    threaded = stage(threads=2)
-    yield "honest: one pass, 2 threads", in_one_pass(threaded)
-    yield "honest: decode, 2 threads", step_by_step(threaded)
-    eager = stage(attention="eager")
-    yield "honest: eager, one pass", in_one_pass(eager)
-    yield "honest: eager, decode", step_by_step(eager)
+    bounds = CUTS[number], CUTS[number + 1]
+    yield from honest_ways(folder, bounds, declared, recordings)
+    yield "cheat: one prompt row changed", one_row_changed(honest_stages(folder, bounds, declared)[0])
     for name, cheat in CHEATS[declared].items():
-        execute = in_one_pass(cheat.stage(folder, number, declared))
+        execute = in_one_pass(cheat.stage(folder, bounds, declared))
         yield f"cheat: {name}", execute
         if name in (INT8_ROWS, "int4 weights, groups of 32"):
             yield f"cheat: {name}, last step only", last_step_only(execute)
-
-
-def on_older_processor(part: str, recordings: list[list[Recording]]) -> list[list[Outputs]]:
-    """The outputs of each stage in one pass, [stage][recording], in a process that may not use newer instructions."""
-    with tempfile.TemporaryDirectory() as name:
-        given, taken = Path(name) / "inputs.npz", Path(name) / "outputs.npz"
-        arguments = {}
-        for number, row in enumerate(recordings):
-            for place, recording in enumerate(row):
-                arguments[f"{number}-{place}"] = torch.cat([step.inputs for step in recording.steps]).numpy()
-                arguments[f"{number}-{place}-sizes"] = np.array([len(step.inputs) for step in recording.steps])
-        np.savez(given, **arguments)
-        command = [sys.executable, "-m", "benchmarks.sketch_separation", "--only", part, "--outputs", given, taken]
-        subprocess.run(command, check=True, env={**os.environ, **OLDER_PROCESSOR})
-        with np.load(taken) as outputs:
-            return [
-                [
-                    np.split(outputs[f"{number}-{place}"], np.cumsum([len(item) for item in recording.outputs])[:-1])
-                    for place, recording in enumerate(row)
-                ]
-                for number, row in enumerate(recordings)
-            ]
-
-
-def write_outputs(declared: str, given: str, taken: str) -> None:
-    """The other side of `on_older_processor`."""
-    torch.set_num_threads(1)
-    store = WeightStore(prepare())
-    outputs = {}
-    with np.load(given) as inputs:
-        for number, (first, end) in enumerate(pairwise(CUTS)):
-            stage = StageExecutor(store, first, end, arithmetic=declared)
-            for key in [key for key in inputs.files if key.startswith(f"{number}-") and key.count("-") == 1]:
-                rows, sizes = torch.from_numpy(inputs[key]), inputs[f"{key}-sizes"].tolist()
-                positions = np.cumsum([0, *sizes[:-1]]).tolist()
-                steps = [StepInput(position, step) for position, step in zip(positions, rows.split(sizes), strict=True)]
-                outputs[key] = torch.cat(reexecute(stage, steps)).numpy()
-    np.savez(taken, **outputs)
-
-
-def arrays(outputs: Sequence[Tensor]) -> Outputs:
-    return [output.numpy().astype(np.float32) for output in outputs]
 
 
 def sketches(outputs: Outputs, seed: bytes, unit: float, centred: bool) -> tuple[dict[int, bytes], list[bytes]]:
@@ -399,11 +99,11 @@ def run(part: str, seeds: int, units: Sequence[float]) -> dict[float, Figures]:
     tokenizer, count = ChatTokenizer(folder), len(CUTS) - 1
     torch.set_flush_denormal(False)
     torch.set_num_threads(1)
-    stages = [StageExecutor(ChangedWeights(folder), *CUTS[n : n + 2], arithmetic=part) for n in range(count)]
+    stages = honest_stages(folder, CUTS, part)
     asked = [(prompt, max(LENGTHS)) for prompt in PROMPTS[: FEWER_PROMPTS.get(part)]] + [
         (LONG_PROMPT, LONG_PROMPT_TOKENS)
     ]
-    answers = [answer(stages, tokenizer.prompt_token_ids(prompt), tokens) for prompt, tokens in asked]
+    answers = [answer(stages, [tokenizer.prompt_token_ids(prompt)], tokens)[0] for prompt, tokens in asked]
     recordings = [[recording[number] for recording in answers] for number in range(count)]
     older = on_older_processor(part, recordings)
     figures: dict[float, Figures] = {unit: defaultdict(lambda: defaultdict(list)) for unit in units}
@@ -456,11 +156,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8, help="sketch seeds for each input and stage")
     parser.add_argument("--only", choices=tuple(PARTS), help="measure one class, keep the others' figures")
     parser.add_argument("--sweep", action="store_true", help="try several units instead of writing the result")
-    parser.add_argument("--outputs", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.outputs:
-        write_outputs(options.only, *options.outputs)
-        return
     entries: dict[str, list[dict[str, Any]]] = {}
     for part, (execution_class, prefix) in PARTS.items():
         if options.only not in (None, part):

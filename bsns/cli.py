@@ -47,7 +47,7 @@ _HELP: Final = (
 app = typer.Typer(name="bsns", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP)
 audit = typer.Typer(
     no_args_is_help=True,
-    help="Export, show and verify the record of a request, and recompute a plan, from the chain alone.",
+    help="The record of a request, the plan of a model, or all of a range of blocks: checked from the chain alone.",
 )
 app.add_typer(audit, name="audit")
 
@@ -168,6 +168,13 @@ def request(
         bool, typer.Option("--token-ids", help="Show token ids in the output and disclose them in the record.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for verdict and payment.")] = True,
+    share_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--share-prompt/--no-share-prompt",
+            help="Show the prompt to the node of the last stage too, which can then draft what the answer quotes.",
+        ),
+    ] = True,
     state_dir: _StateDir = DEFAULT_STATE_DIR,
     model_folder: _ModelFolder = None,
     as_json: _Json = False,
@@ -186,7 +193,9 @@ def request(
             raise _UsageError(str(error)) from error
         if record is not None and not record.parent.is_dir():
             raise _UsageError(f"{record.parent} is not a folder: the record could not be written there")
-        async with _client(rpc, deployment, key_file, password_file, state_dir, model_folder) as client:
+        async with _client(
+            rpc, deployment, key_file, password_file, state_dir, model_folder, share_prompt=share_prompt
+        ) as client:
             asked = _asked(client, prompt, prompt_ids, image)
             with _Stream(as_json) as stream:
                 answer = await client.request(
@@ -439,6 +448,45 @@ def audit_plan(
     _run(run())
 
 
+@audit.command("report")
+def audit_report(
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    first: Annotated[
+        int | None, typer.Option("--from", min=0, help="First block; default: the first of the contracts.")
+    ] = None,
+    last: Annotated[int | None, typer.Option("--to", min=0, help="Last block; default: the newest.")] = None,
+    output: Annotated[Path | None, typer.Option("--out", "-o", help="Write the report here too, as JSON.")] = None,
+    verify: Annotated[
+        Path | None, typer.Option("--verify", help="Derive this report file again instead, and name what differs.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Stakes, assignments, payments, verdicts and slashes of a range of blocks, each with its log, and whether they
+    add up. Exit code 0 only if all checks hold.
+    """
+
+    async def run() -> None:
+        from bsns.audit.block_report_view import report_command
+        from bsns.chain.client import Web3ChainClient
+        from bsns.chain.patient_client import PatientChainClient
+
+        if verify is not None and (first, last, output) != (None, None, None):
+            raise _UsageError("--verify takes the blocks from the file: leave --from, --to and --out out")
+        if output is not None and not output.parent.is_dir():
+            raise _UsageError(f"{output.parent} is not a folder: the report could not be written there")
+        known, given = _deployment(deployment), None if verify is None else _read(verify)
+        async with await Web3ChainClient.connect(rpc, known) as chain:
+            patient = PatientChainClient(chain, AUDIT_PATIENCE_S)
+            holds, data = await report_command(patient, known, first, last, given, as_json=as_json)
+        if output is not None and data is not None:
+            _write(output, data)
+        if not holds:
+            raise typer.Exit(EXIT_FAILED)
+
+    _run(run())
+
+
 # --------------------------------------------------------------------------------------------------------------- inside
 
 
@@ -509,13 +557,22 @@ async def _report_answer(
 
 @contextlib.asynccontextmanager
 async def _client(
-    rpc: str, deployment: Path, key_file: Path, password_file: Path | None, state_dir: Path, model_folder: Path | None
+    rpc: str,
+    deployment: Path,
+    key_file: Path,
+    password_file: Path | None,
+    state_dir: Path,
+    model_folder: Path | None,
+    *,
+    share_prompt: bool = True,
 ) -> Any:
     from bsns.requester.client import Client
 
     known, signer = _deployment(deployment), _signer(key_file, password_file)
     folder = _model_folder(model_folder)
-    async with await Client.connect(rpc, known, signer, state_dir, model_folder=folder) as client:
+    async with await Client.connect(
+        rpc, known, signer, state_dir, model_folder=folder, share_prompt=share_prompt
+    ) as client:
         yield client
 
 

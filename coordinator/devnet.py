@@ -31,6 +31,7 @@ from bsns.chain.signer import KeySigner
 
 CHAIN_ID = 31_337
 BLOCK_TIME_S = 1
+STATES_KEPT = 128  # of the newest blocks, as by a node of Ethereum: an auditor reads one that is not the last any more
 ACCOUNT_WEI = 1_000 * ETHER
 STAKE_ETHER = "1.5"
 DEVNET_SCRYPT_COST = 2**12  # worthless keys: the four keystores must not cost the demo ten seconds
@@ -288,7 +289,7 @@ class Devnet:
             *("--chain-id", str(CHAIN_ID)),
             *("--state", str(self.folder / "anvil-state.json")),
             *("--state-interval", "5"),
-            "--prune-history",
+            *("--prune-history", str(STATES_KEPT)),
             "--silent",
         ]
         self._anvil = await self._spawn("anvil", command, wait_ready=False)

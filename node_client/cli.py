@@ -28,6 +28,7 @@ from bsns.chain.client import Web3ChainClient
 from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainError, ContractError, InsufficientFundsError, TransactionFailedError
 from bsns.chain.submitter import Submitter
+from bsns.protocol.commitments import MAXIMUM_DRAFTS
 from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.endpoints import split_endpoint
 from node_client.chain_view import ChainView
@@ -42,7 +43,7 @@ EXIT_UNAVAILABLE: Final = 4
 WEI: Final = 10**18
 _CLOCK_SKEW_SECONDS: Final = 60
 _LOW_DISK_BYTES: Final = 1024**3
-_SWITCH_SECONDS: Final = 0.0005
+_SWITCH_SECONDS: Final = 0.0002
 
 Result = TypeVar("Result")
 
@@ -81,6 +82,15 @@ Arithmetic = Annotated[
         help="of decoders' matrices: float32, int8 (8-bit weights) or bfloat16 (its committees see coarse cheats only)",
     ),
 ]
+SpeculationTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--speculation-tokens",
+        min=0,
+        max=MAXIMUM_DRAFTS,
+        help="most that are drafted at once from what the text repeats, as the last stage; 0: none",
+    ),
+]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="show the effective settings and end")]
 
 
@@ -97,6 +107,7 @@ def join(
     threads: Threads = None,
     device: Device = None,
     arithmetic: Arithmetic = None,
+    speculation_tokens: SpeculationTokens = None,
     password_file: PasswordFile = None,
     operator_key_file: OperatorKeyFile = None,
     config: Config = None,
@@ -108,7 +119,7 @@ def join(
             config,
             rpc_url=rpc, deployment=deployment, data_dir=data_dir, listen=listen, advertise=advertise,
             coordinator=coordinator, model_cache=model_cache, threads=threads, device=device, arithmetic=arithmetic,
-            password_file=password_file,
+            speculation_tokens=speculation_tokens, password_file=password_file,
             operator_key_file=operator_key_file, stake_wei=None if stake is None else _wei(stake),
         ),
         print_config,
@@ -128,6 +139,7 @@ def serve(
     threads: Threads = None,
     device: Device = None,
     arithmetic: Arithmetic = None,
+    speculation_tokens: SpeculationTokens = None,
     password_file: PasswordFile = None,
     config: Config = None,
     print_config: PrintConfig = False,
@@ -138,7 +150,7 @@ def serve(
             config,
             rpc_url=rpc, deployment=deployment, data_dir=data_dir, listen=listen, advertise=advertise,
             coordinator=coordinator, model_cache=model_cache, threads=threads, device=device, arithmetic=arithmetic,
-            password_file=password_file,
+            speculation_tokens=speculation_tokens, password_file=password_file,
         ),
         print_config,
         register=False,

@@ -11,10 +11,11 @@ know sessions' rules, peers or the chain.
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
@@ -35,6 +36,9 @@ PIECE_ROWS_ALONE: Final = 256
 # How long after its last decode step an executor counts as decoding: longer than a token's way around the ring.
 _DECODING_SECONDS: Final = 0.5
 
+# Who waits, who gets the result first, and the result or the error.
+_Outcome = tuple[asyncio.Future[Any], Callable[[Any], None], Any, BaseException | None]
+
 
 @dataclass(eq=False)
 class Step(Generic[Result]):
@@ -48,7 +52,9 @@ class Step(Generic[Result]):
     rows: int
     prepare: Callable[[], Tensor]
     finish: Callable[[list[Tensor]], Result]
+    deliver: Callable[[Result], None]
     future: asyncio.Future[Result]
+    logit_rows: Sequence[int] | None = None
     inputs: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list)
     done: int = 0
@@ -64,9 +70,10 @@ class ComputeThread:
 
     def __init__(self, maximum_batch: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._maximum_batch, self._clock = maximum_batch, clock
+        # What comes in; the thread sorts it into the two below, which are its own. None: look whether to stop.
+        self._arrivals: queue.SimpleQueue[Step[Any] | Callable[[], None] | None] = queue.SimpleQueue()
         self._steps: deque[Step[Any]] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
         self._stopping = False
         self._decoded_at: dict[int, float] = {}
         # Steps in each batch so far, for those who look at a node: {size: batches}.
@@ -83,12 +90,16 @@ class ComputeThread:
         rows: int,
         prepare: Callable[[], Tensor],
         finish: Callable[[list[Tensor]], Result],
+        deliver: Callable[[Result], None] | None = None,
+        logit_rows: Sequence[int] | None = None,
     ) -> Result:
-        """Result of one step of a live session. `finish` gets the outputs of its pieces in order. Raises what
-        `prepare`, the executor or `finish` raise; Refusal where too many steps wait.
+        """Result of one step of a live session. `finish` gets the outputs of its pieces in order; `deliver` gets the
+        result on the event loop before the caller does, in the very call that brings it there. `logit_rows`, of a step
+        of at most `PIECE_ROWS_BESIDE` rows, is as in `BatchStep`. Raises what `prepare`, the executor, `finish` or
+        `deliver` raise; Refusal where too many steps wait.
         """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._add(self._steps, Step(executor, session, position, rows, prepare, finish, future))
+        self._add(Step(executor, session, position, rows, prepare, finish, deliver or _discard, future, logit_rows))
         return await future
 
     async def run(self, function: Callable[[], Result]) -> Result:
@@ -103,44 +114,44 @@ class ComputeThread:
                 outcome: tuple[Any, BaseException | None] = (function(), None)
             except BaseException as error:  # handed to the caller whole
                 outcome = (None, error)
-            _deliver([(future, *outcome)])
+            _deliver([(future, _discard, *outcome)])
 
-        self._add(self._jobs, job)
+        self._add(job)
         return await future
 
     def stop(self) -> None:
         """End the thread after what it is doing; who waits is left waiting."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
+        self._stopping = True
+        self._arrivals.put(None)
 
-    def _add(self, queue: deque[Any], item: object) -> None:
-        with self._wake:
-            if len(queue) >= MAXIMUM_WAITING:
-                raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "too much work is waiting; try another node")
-            queue.append(item)
-            self._wake.notify()
+    def _add(self, item: Step[Any] | Callable[[], None]) -> None:
+        if self._arrivals.qsize() + len(self._steps if isinstance(item, Step) else self._jobs) >= MAXIMUM_WAITING:
+            raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "too much work is waiting; try another node")
+        self._arrivals.put(item)
 
     # -- in the compute thread
 
     def _work(self) -> None:
         batches = 0
-        while True:
-            with self._wake:
-                while not (self._steps or self._jobs or self._stopping):
-                    self._wake.wait()
-                if self._stopping:
-                    return
-                job = None
-                if self._jobs and (not self._steps or batches >= MAXIMUM_BATCHES):
-                    job = self._jobs.popleft()
-                batch = [] if job is not None else self._take()
-            if job is not None:
+        while not self._stopping:
+            self._sort_arrivals()
+            if self._jobs and (not self._steps or batches >= MAXIMUM_BATCHES):
                 batches = 0
-                job()
-            elif batch:
+                self._jobs.popleft()()
+            elif batch := self._take():
                 batches += 1
                 self._run(batch)
+
+    def _sort_arrivals(self) -> None:
+        """Take what has come in; wait for something if there is nothing to do."""
+        idle = not (self._steps or self._jobs)
+        while idle or not self._arrivals.empty():
+            idle = False
+            item = self._arrivals.get()
+            if isinstance(item, Step):
+                self._steps.append(item)
+            elif item is not None:
+                self._jobs.append(item)
 
     def _take(self) -> list[Step[Any]]:
         """The oldest step, and what can run with it: steps of the same executor, one long one among them."""
@@ -161,12 +172,12 @@ class ComputeThread:
 
     def _run(self, batch: list[Step[Any]]) -> None:
         """One piece of each step of `batch`; unfinished ones go back to wait, before those that came later."""
-        results: list[tuple[asyncio.Future[Any], Any, BaseException | None]] = []
+        results: list[_Outcome] = []
 
         def fail(step: Step[Any], error: BaseException) -> None:
             if step.session.position > step.position:
                 step.session.truncate(step.position)
-            results.append((step.future, None, error))
+            results.append((step.future, step.deliver, None, error))
 
         ready: list[Step[Any]] = []
         for step in batch:
@@ -186,11 +197,10 @@ class ComputeThread:
                 unfinished.append(step)
                 continue
             try:
-                results.append((step.future, step.finish(step.outputs), None))
+                results.append((step.future, step.deliver, step.finish(step.outputs), None))
             except BaseException as error:  # as above
                 fail(step, error)
-        with self._wake:
-            self._steps.extendleft(reversed(unfinished))
+        self._steps.extendleft(reversed(unfinished))
         _deliver(results)
 
     def _forward(self, steps: list[Step[Any]]) -> tuple[list[int], list[Tensor | BaseException]]:
@@ -206,9 +216,9 @@ class ComputeThread:
         inputs = []
         for step, piece in zip(steps, pieces, strict=True):
             assert step.inputs is not None, "prepared above"
-            inputs.append(
-                BatchStep(step.session, step.inputs[step.done : step.done + piece], step.position + step.done)
-            )
+            whole = piece == step.rows
+            rows = step.inputs if whole else step.inputs[step.done : step.done + piece]
+            inputs.append(BatchStep(step.session, rows, step.position + step.done, step.logit_rows))
         self.batches[len(steps)] = self.batches.get(len(steps), 0) + 1
         try:
             return pieces, list(executor.forward_batch(inputs))
@@ -225,9 +235,9 @@ class ComputeThread:
         return pieces, outputs
 
 
-def _deliver(results: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
+def _deliver(results: list[_Outcome]) -> None:
     """Hand results to the event loops that wait for them, with one call to each."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any, BaseException | None]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Outcome]] = {}
     for item in results:
         by_loop.setdefault(item[0].get_loop(), []).append(item)
     for loop, items in by_loop.items():
@@ -235,14 +245,23 @@ def _deliver(results: list[tuple[asyncio.Future[Any], Any, BaseException | None]
             loop.call_soon_threadsafe(_settle, items)
 
 
-def _settle(items: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
-    for future, result, error in items:
+def _settle(items: list[_Outcome]) -> None:
+    for future, deliver, result, error in items:
         if future.done():
             continue
+        if error is None:
+            try:
+                deliver(result)
+            except Exception as raised:  # the caller's own
+                error = raised
         if error is not None:
             future.set_exception(error)
         else:
             future.set_result(result)
+
+
+def _discard(_result: object) -> None:
+    """For whom the result itself is enough."""
 
 
 __all__ = ["ComputeThread"]

@@ -2,10 +2,10 @@
 
 Owns one SQLite file. Promises that what `seal` and `save_attestation` return from is on the disk (write-ahead log,
 synchronous FULL), so that a commitment sent afterwards can still be opened after kill -9; and that the bytes kept
-never exceed the budget. Keeps for each stage the step leaves, the exact input bytes, the sealed result with its salt,
-the opening of the input commitment and the newest statement of each neighbour, until `forget`; and the contradictions
-of others, until they are reported. Prompts are in here and nowhere else on disk: the file is readable by its owner
-only. Does not decide when a dispute is over.
+never exceed the budget. Keeps for each stage the step leaves, the exact input bytes, of a last stage the output bytes,
+the sealed result with its salt, the opening of the input commitment and the newest statement of each neighbour, until
+`forget`; and the contradictions of others, until they are reported. Prompts are in here and nowhere else on disk: the
+file is readable by its owner only. Does not decide when a dispute is over.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ CREATE TABLE IF NOT EXISTS step (
   fingerprint BLOB NOT NULL, encoding INTEGER NOT NULL, input BLOB NOT NULL,
   PRIMARY KEY (request, stage, step)
 );
+CREATE TABLE IF NOT EXISTS output (
+  request BLOB NOT NULL, stage INTEGER NOT NULL, step INTEGER NOT NULL, payload BLOB NOT NULL,
+  PRIMARY KEY (request, stage, step)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS statement (
   request BLOB NOT NULL, stage INTEGER NOT NULL, about INTEGER NOT NULL, sent INTEGER NOT NULL, step INTEGER NOT NULL,
   chain BLOB NOT NULL, signature BLOB NOT NULL,
@@ -60,6 +64,8 @@ CREATE TABLE IF NOT EXISTS contradiction (
   PRIMARY KEY (request, stage, sent)
 ) WITHOUT ROWID;
 """
+# What belongs to one stage besides its own row.
+_STAGE_TABLES: Final = ("step", "output", "statement")
 _BUSY_SECONDS: Final = 10.0
 # What a step costs on disk besides its input bytes: digests, chains, row and index overhead.
 _STEP_OVERHEAD_BYTES: Final = 256
@@ -113,7 +119,7 @@ class EvidenceStore:
             self._database.executescript(_SCHEMA)
             # What was not sealed when the process ended can never be committed: its KV cache is gone.
             with self._transaction():
-                for table in ("step", "statement"):
+                for table in _STAGE_TABLES:
                     self._database.execute(
                         f"DELETE FROM {table} WHERE NOT EXISTS (SELECT 1 FROM stage WHERE stage.request = "
                         f"{table}.request"
@@ -163,9 +169,13 @@ class EvidenceStore:
             )
         self._refresh()
 
-    def add_step(self, request: bytes, stage: int, step: EvidenceStep, encoding: int, data: bytes) -> None:
-        """Keep one step and the exact bytes of its input. StorageFullError if disk or budget are used up."""
-        cost = len(data) + _STEP_OVERHEAD_BYTES
+    def add_step(
+        self, request: bytes, stage: int, step: EvidenceStep, encoding: int, data: bytes, output: bytes | None = None
+    ) -> None:
+        """Keep one step and the exact bytes of its input, and of its `output` where the committee will ask for them.
+        StorageFullError if disk or budget are used up.
+        """
+        cost = len(data) + len(output or b"") + _STEP_OVERHEAD_BYTES
         with self._lock:
             if self._used + cost > self._budget:
                 raise StorageFullError(
@@ -178,6 +188,10 @@ class EvidenceStore:
                     "INSERT OR REPLACE INTO step VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                     (request, stage, *step.as_tuple(), encoding, data),
                 )
+                if output is not None:
+                    self._database.execute(
+                        "INSERT OR REPLACE INTO output VALUES (?,?,?,?)", (request, stage, step.step, output)
+                    )
             self._used += cost
 
     def save_statement(self, request: bytes, stage: int, statement: Statement) -> None:
@@ -246,6 +260,14 @@ class EvidenceStore:
         if row is None:
             raise StorageError(f"the input of step {step} of stage {stage} is not on record")
         return int(row[0]), bytes(row[1])
+
+    def step_output(self, request: bytes, stage: int, step: int) -> bytes | None:
+        """Exact bytes of one step's output; None for a stage whose outputs are not kept."""
+        with self._lock, self._errors():
+            row = self._database.execute(
+                "SELECT payload FROM output WHERE request = ? AND stage = ? AND step = ?", (request, stage, step)
+            ).fetchone()
+        return None if row is None else bytes(row[0])
 
     def statements(self, request: bytes, stage: int) -> tuple[Statement, ...]:
         with self._lock, self._errors():
@@ -343,14 +365,14 @@ class EvidenceStore:
         stake they concern outlives the request.
         """
         with self._lock, self._transaction():
-            for table in ("stage", "step", "statement", "attestation"):
+            for table in ("stage", *_STAGE_TABLES, "attestation"):
                 self._database.execute(f"DELETE FROM {table} WHERE request = ?", (request,))
         with self._lock, self._errors():
             self._database.execute("PRAGMA incremental_vacuum").fetchall()
         self._refresh()
 
     def _delete(self, request: bytes, stage: int) -> None:
-        for table in ("stage", "step", "statement"):
+        for table in ("stage", *_STAGE_TABLES):
             self._database.execute(f"DELETE FROM {table} WHERE request = ? AND stage = ?", (request, stage))
 
     def _select_stages(self, condition: str, values: Sequence[object]) -> tuple[RecordedStage, ...]:
@@ -377,7 +399,10 @@ class EvidenceStore:
         )
 
     def _measure(self) -> int:
-        row = self._database.execute("SELECT COALESCE(SUM(LENGTH(input)), 0), COUNT(*) FROM step").fetchone()
+        row = self._database.execute(
+            "SELECT (SELECT COALESCE(SUM(LENGTH(input)), 0) FROM step)"
+            " + (SELECT COALESCE(SUM(LENGTH(payload)), 0) FROM output), (SELECT COUNT(*) FROM step)"
+        ).fetchone()
         return int(row[0]) + int(row[1]) * _STEP_OVERHEAD_BYTES
 
     def _refresh(self) -> None:

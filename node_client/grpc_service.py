@@ -39,6 +39,9 @@ _DETAILS_KEY: Final = "grpc-status-details-bin"
 # Status messages travel in HTTP headers, whose size is limited.
 _MAXIMUM_DETAIL: Final = 1024
 _FRAME_PAYLOAD: Final = MAXIMUM_FRAME_BYTES - 1024
+# What caused an answer (a token to relay, a step to sign for) is on its way to the compute thread meanwhile; writing at
+# once would take the interpreter from it.
+_ANSWER_PAUSE_S: Final = 0.001
 
 log = structlog.get_logger(__name__)
 
@@ -179,6 +182,13 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
                                 payload=data[first : first + _FRAME_PAYLOAD],
                             )
                         )
+                    output = await loop.run_in_executor(
+                        None, self._evidence.step_output, recorded.request, recorded.stage, number
+                    )
+                    if output is not None:
+                        yield execution_pb2.GetStageEvidenceResponse(
+                            output=execution_pb2.StageOutput(step=number, payload=output)
+                        )
         except Exception as error:
             await _abort(context, error)
 
@@ -210,10 +220,14 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
     @staticmethod
     async def _write(stream: ForwardStream, context: Any) -> None:
         while True:
-            answer = await stream.outbox.get()
-            if answer is None:
-                return
-            await context.write(answer)
+            answers = [await stream.outbox.get()]
+            await asyncio.sleep(_ANSWER_PAUSE_S)
+            while not stream.outbox.empty():
+                answers.append(stream.outbox.get_nowait())
+            for answer in answers:
+                if answer is None:
+                    return
+                await context.write(answer)
 
     async def _authorised_stage(self, request: execution_pb2.GetStageEvidenceRequest) -> RecordedStage:
         """The stage, if the caller may see it: seated members and neighbours everything; the requester, and members who

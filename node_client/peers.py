@@ -11,8 +11,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ssl
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import grpc
@@ -116,12 +119,109 @@ def shard_execution(channel: grpc.aio.Channel) -> ShardExecutionAsyncStub:
 
 
 class PeerConnection:
-    """One peer: a queue of messages out, a stream, a task that keeps it up."""
+    """One peer: messages that wait, a stream, a task that keeps it up. One message is written at a time, in the order
+    given. All but `write_now` is for the event loop.
+    """
 
     def __init__(self, node: ChecksumAddress, limit: int) -> None:
         self.node = node
-        self.outbox: asyncio.Queue[execution_pb2.ForwardRequest] = asyncio.Queue(limit)
         self.task: asyncio.Task[None] | None = None
+        self._limit = limit
+        self._outbox: deque[execution_pb2.ForwardRequest] = deque()
+        # Set when a message may be there to be written and none is being written.
+        self._may_write = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        # Whose turn it is to write is decided under the lock. No call: the stream is not up.
+        self._turn = threading.Lock()
+        self._is_writing = False
+        self._call: Any = None
+
+    def queue(self, message: execution_pb2.ForwardRequest) -> bool:
+        """Leave a message to `write_queued`; False where too many wait."""
+        if len(self._outbox) >= self._limit:
+            return False
+        self._outbox.append(message)
+        self._may_write.set()
+        return True
+
+    def write_now(self, message: execution_pb2.ForwardRequest) -> bool:
+        """Write in the calling thread, which spares the message the way through the event loop. False where others come
+        first or the stream is down: queue it then.
+
+        gRPC's core takes a message in any thread. Its asyncio call begins a write in the first step of a coroutine and
+        needs the loop only for what comes after it.
+        """
+        with self._turn:
+            if self._call is None or self._is_writing or self._outbox:
+                return False
+            self._is_writing = True
+            writing = self._call.write(message)
+        try:
+            waits_for = writing.send(None)
+        except Exception:  # the stream's end, most likely: the next write on the loop meets it too
+            self._loop.call_soon_threadsafe(self._end_writing)
+            return False
+        self._loop.call_soon_threadsafe(self._follow, _Begun(writing, waits_for))
+        return True
+
+    async def write_queued(self, call: Any) -> None:
+        """Write to `call`, the stream, until it breaks. `write_now` writes there too once the first message is out: the
+        call waits for its connection on the loop only.
+        """
+        try:
+            while True:
+                await self._may_write.wait()
+                with self._turn:
+                    if self._is_writing or not self._outbox:
+                        self._may_write.clear()
+                        continue
+                    self._is_writing = True
+                    message = self._outbox.popleft()
+                try:
+                    await call.write(message)
+                    self._call = call
+                finally:
+                    self._end_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+            pass  # the reader sees the same end and says why
+        finally:
+            with self._turn:
+                self._call = None
+
+    def _follow(self, writing: _Begun) -> None:
+        async def rest() -> None:
+            try:
+                await writing
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+                pass  # as above
+            finally:
+                self._end_writing()
+
+        self._rest = self._loop.create_task(rest())
+
+    def _end_writing(self) -> None:
+        self._is_writing = False
+        self._may_write.set()
+
+
+class _Begun:
+    """A coroutine that ran up to its first wait; the rest of it runs where this is awaited."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], waits_for: Any) -> None:
+        self._coroutine, self._waits_for = coroutine, waits_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        waits_for = self._waits_for
+        while True:
+            try:
+                result = yield waits_for
+                step = partial(self._coroutine.send, result)
+            except BaseException as error:  # the coroutine's to handle
+                step = partial(self._coroutine.throw, error)
+            try:
+                waits_for = step()
+            except StopIteration:
+                return
 
 
 class PeerPool:
@@ -157,12 +257,13 @@ class PeerPool:
                 )
             peer = self._peers[node] = PeerConnection(node, self._settings.stream_outbox_limit)
             peer.task = self._start(self._keep(peer))
-        try:
-            peer.outbox.put_nowait(message)
-        except asyncio.QueueFull:
-            raise Refusal(
-                ErrorReason.ERROR_REASON_PEER_UNAVAILABLE, f"node {node} does not take its messages"
-            ) from None
+        if not peer.queue(message):
+            raise Refusal(ErrorReason.ERROR_REASON_PEER_UNAVAILABLE, f"node {node} does not take its messages")
+
+    def write_now(self, node: ChecksumAddress, message: execution_pb2.ForwardRequest) -> bool:
+        """Write a message in the calling thread, if nothing else is to be written before it; else `send` it."""
+        peer = self._peers.get(node)
+        return peer is not None and peer.write_now(message)
 
     def abort(self) -> None:
         """Close every connection."""
@@ -240,7 +341,7 @@ class PeerPool:
                 await channel.channel_ready()
             call = shard_execution(channel).Forward(metadata=self.proof_metadata(peer.node))
             now_connected()
-            writer = asyncio.create_task(self._write(peer, call))
+            writer = asyncio.create_task(peer.write_queued(call))
             try:
                 while True:
                     response = await call.read()
@@ -256,12 +357,3 @@ class PeerPool:
             return "no connection in time"
         finally:
             await channel.close()
-
-    @staticmethod
-    async def _write(peer: PeerConnection, call: Any) -> None:
-        while True:
-            message = await peer.outbox.get()
-            try:
-                await call.write(message)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
-                return  # the reader sees the same end and says why

@@ -11,8 +11,9 @@ touches no other. Does not decide who may open a session (node_client.session_st
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import dataclasses
 import secrets
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from eth_typing import ChecksumAddress
 
 from bsns.chain.errors import ChainError
 from bsns.chain.signer import Signer
-from bsns.protocol.commitments import extend_chain
+from bsns.protocol.commitments import extend_chain, step_digest, token_ids
 from bsns.protocol.hand_over import Statement
 from bsns.protocol.identifiers import BYTES32, ZERO_HASH
 from bsns.protocol.sketch import SketchError
@@ -34,7 +35,7 @@ from node_client.chain_view import ChainView, SigningDomains
 from node_client.errors import ErrorReason, Refusal, SigningRefusedError, StorageError, StorageFullError
 from node_client.evidence_store import EvidenceStore, StageResult
 from node_client.peers import PeerPool
-from node_client.session_store import Session, SessionState, SessionStore
+from node_client.session_store import ExecutedStep, ReceivedOutput, Session, SessionState, SessionStore
 from node_client.settings import MAXIMUM_FRAME_BYTES, NodeSettings
 from node_client.shard_runtime import ShardRuntime, StepOutput, encoding_of_input
 from node_client.signing_guard import DutyKind, SigningGuard
@@ -43,6 +44,8 @@ from node_client.signing_guard import DutyKind, SigningGuard
 _PAYLOAD_BYTES: Final = MAXIMUM_FRAME_BYTES - 1024
 # Tensors up to this size are hashed on the event loop (about a millisecond); larger ones in the recording thread.
 _HASH_INLINE_BYTES: Final = MAXIMUM_FRAME_BYTES
+# What is left to do about a step waits so long for the next stage to begin: a small machine has no core for both.
+_RECORDING_PAUSE_S: Final = 0.004
 # Partly received tensors one stream may leave open.
 _MAXIMUM_PARTIAL: Final = 64
 
@@ -122,6 +125,7 @@ class _Step:
     stream: ForwardStream
     step: int
     position: int
+    rows: int
     data: bytes
     digest: bytes
 
@@ -142,7 +146,7 @@ class _EndReceived:
 class _Cancel:
     """The requester asked for the end; `done` gets the number of steps."""
 
-    done: asyncio.Future[int] | None
+    done: asyncio.Future[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +191,8 @@ class Pipeline:
         self._sessions, self._runtime, self._evidence, self._guard = sessions, runtime, evidence, guard
         self._start, self._on_sealed, self._bandwidth_to = start, on_sealed, bandwidth_to
         self._recorder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bsns-recording")
+        # Steps that it has not finished with.
+        self._unrecorded = 0
         self.peers = PeerPool(
             settings,
             signer,
@@ -210,7 +216,9 @@ class Pipeline:
         self._start(self._run(session))
 
     async def cancel(self, session: Session) -> int:
-        """End a session of stage 0 after the steps it forwarded; returns their number."""
+        """End a session of stage 0 after the steps it forwarded, once the last stage has drawn from them; returns their
+        number.
+        """
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         try:
             session.inbox.put_nowait(_Cancel(done))
@@ -336,13 +344,13 @@ class Pipeline:
                 f"{len(data)} bytes received, {first.rows} rows take {expected}",
             )
         digest = first.digest
-        if len(data) <= _HASH_INLINE_BYTES and hashlib.sha256(data).digest() != digest:
+        if len(data) <= _HASH_INLINE_BYTES and step_digest(data, first.position, first.rows) != digest:
             raise Refusal(
                 ErrorReason.ERROR_REASON_DIGEST_MISMATCH,
                 "the bytes received do not have the digest announced; send the step again",
             )
         try:
-            session.inbox.put_nowait(_Step(stream, first.step, first.position, data, digest))
+            session.inbox.put_nowait(_Step(stream, first.step, first.position, first.rows, data, digest))
         except asyncio.QueueFull:
             raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "too many steps wait for the session") from None
         if session.stage == 0 and first.step == 0:
@@ -367,21 +375,12 @@ class Pipeline:
         encoding = next((item for item in session.encodings_of(frame.step) if int(item) == frame.encoding), None)
         if encoding is None:
             raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, "this stage takes another encoding")
-        rows = session.rows_of(frame.step)
-        if frame.rows != rows:
-            raise Refusal(
-                ErrorReason.ERROR_REASON_MALFORMED_TENSOR, f"step {frame.step} has {rows} rows, {frame.rows} announced"
-            )
-        if frame.position != session.position_of(frame.step):
-            raise Refusal(
-                ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
-                f"step {frame.step} begins at position {session.position_of(frame.step)}, {frame.position} announced",
-            )
+        session.check_extent(frame.step, frame.position, frame.rows)
         if len(frame.digest) != BYTES32:
             raise Refusal(
                 ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, "the first frame of a step carries its digest, 32 bytes"
             )
-        expected = session.input_bytes_of(frame.step, encoding)
+        expected = session.input_bytes_of(frame.step, frame.rows, encoding)
         # An honest sender fills its frames; this leaves room for any other sensible size.
         if not 1 <= frame.frame_count <= max(1, expected // 4096 + 1):
             raise Refusal(
@@ -433,7 +432,7 @@ class Pipeline:
                         return
                     if detached:
                         detached = False
-                        await self._end_here(session, common_pb2.FINISH_REASON_CANCELLED)
+                        await self._close(session)
                         continue
                     self._fail(
                         session,
@@ -443,7 +442,8 @@ class Pipeline:
                     )
                     return
                 await self._handle(session, item)
-                detached = session.stage == 0 and session.upstream is None and session.next_step > 0
+                away = session.stage == 0 and session.upstream is None and session.next_step > 0
+                detached = away and not session.closing
         except asyncio.CancelledError:
             raise
         except Exception as error:  # a session must not take the node down; the log has the trace
@@ -465,8 +465,9 @@ class Pipeline:
         self._sessions.remove(session)
         while not session.inbox.empty():
             item = session.inbox.get_nowait()
-            if isinstance(item, _Cancel) and item.done is not None and not item.done.done():
-                item.done.set_result(session.next_step)
+            if isinstance(item, _Cancel):
+                session.close_waiters.append(item.done)
+        self._answer_close(session)
 
     async def _handle(self, session: Session, item: object) -> None:
         match item:
@@ -500,7 +501,7 @@ class Pipeline:
 
     async def _handle_step(self, session: Session, step: _Step) -> None:
         if len(step.data) > _HASH_INLINE_BYTES:
-            actual = await self._in_recorder(lambda: hashlib.sha256(step.data).digest())
+            actual = await self._in_recorder(lambda: step_digest(step.data, step.position, step.rows))
             if actual != step.digest:
                 raise Refusal(
                     ErrorReason.ERROR_REASON_DIGEST_MISMATCH, "the bytes received do not have the digest announced"
@@ -512,23 +513,15 @@ class Pipeline:
                 )
             self._attach(session, step.stream)
         if session.stage == 0 and step.step > 0:
-            await self._take_token(session, step)
+            await self._take_output(session, step)
             return
         if step.step < session.next_step:
             self._answer_again(session, step)
             return
-        if step.step > session.next_step:
-            raise Refusal(
-                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
-                f"step {session.next_step} comes next, step {step.step} was sent",
-            )
-        if session.state is not SessionState.ACTIVE or (
-            session.end_steps is not None and step.step >= session.end_steps
-        ):
-            raise Refusal(ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER, "the session has ended")
+        session.check_next(step.step, step.position, step.rows)
         if session.stage > 0:
             session.upstream = step.stream
-        await self._execute(session, step.data, step.digest)
+        await self._execute(session, step)
 
     def _attach(self, session: Session, stream: ForwardStream) -> None:
         """The requester is on this stream from now on."""
@@ -541,96 +534,120 @@ class Pipeline:
 
     def _answer_again(self, session: Session, step: _Step) -> None:
         """A step that was executed before: the same bytes get the same answer, other bytes get none."""
-        if session.input_digests[step.step] != step.digest:
-            raise Refusal(
-                ErrorReason.ERROR_REASON_DIGEST_MISMATCH,
-                f"step {step.step} was executed with other bytes; a step has one input",
-            )
+        session.check_repeat(step.step, step.position, step.rows, step.digest)
         if session.stage > 0:
             session.upstream = step.stream
         receipt = session.receipts.get(step.step)
         if receipt is not None:
             step.stream.send(execution_pb2.ForwardResponse(receipt=receipt))
         if session.stage == 0:
-            for number, token in enumerate(session.tokens):
-                step.stream.send(_output_token(session, number, token))
+            for number, output in enumerate(session.outputs):
+                step.stream.send(_step_output(session, number, output))
             if session.ended_message is not None:
                 self._send_ended(session)
             elif session.held is not None:
                 held, session.held = session.held, None
-                self._post(session, _Step(self._local, session.next_step, 0, held, hashlib.sha256(held).digest()))
+                self._post(session, held)
         elif step.step == session.next_step - 1:
             self._repeat_output(session)
 
-    async def _take_token(self, session: Session, step: _Step) -> None:
-        """Stage 0: the last stage drew a token; relay it, and execute it unless it is the last."""
+    async def _take_output(self, session: Session, step: _Step) -> None:
+        """Stage 0: the last stage drew from a step; relay that, and go on with it unless the answer is over."""
         if step.step < session.next_step:
-            if session.input_digests[step.step] != step.digest:
-                raise Refusal(
-                    ErrorReason.ERROR_REASON_DIGEST_MISMATCH,
-                    f"token {step.step - 1} was another one; a step has one output",
-                )
+            session.check_repeat(step.step, step.position, step.rows, step.digest)
             return
         if step.step > session.next_step:
             raise Refusal(
                 ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
                 f"step {session.next_step} comes next, step {step.step} was sent",
             )
-        token = int.from_bytes(step.data, "little")
-        if token >= session.manifest.vocabulary_size:
-            raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, "the token lies outside the vocabulary")
         if step.stream is not self._local or session.ring is None:
             session.ring = step.stream
-        if len(session.tokens) == step.step:
-            if session.tokens[-1] != token:
+        if len(session.outputs) == step.step:
+            if session.outputs[-1].digest != step.digest:
                 raise Refusal(
                     ErrorReason.ERROR_REASON_DIGEST_MISMATCH,
-                    f"token {step.step - 1} was another one; a step has one output",
+                    f"the output of step {step.step - 1} was another one; a step has one output",
                 )
         else:
-            session.tokens.append(token)
-            if session.upstream is not None:
-                session.upstream.send(_output_token(session, step.step - 1, token))
-        if session.state is not SessionState.ACTIVE or session.is_final(token, len(session.tokens)):
+            # Also of a session that is sealed: a ring of one stage ends before its last output has come around.
+            self._add_output(session, step)
+        if session.state is not SessionState.ACTIVE or session.is_final(session.tokens[-1], len(session.tokens)):
             return
-        if session.end_steps is not None and step.step >= session.end_steps:
+        if session.closing:
+            await self._end_here(session, common_pb2.FINISH_REASON_CANCELLED, len(session.tokens))
             return
         if session.upstream is None:
-            session.held = step.data
+            session.held = dataclasses.replace(step, stream=self._local)
             return
-        await self._execute(session, step.data, step.digest)
+        await self._execute(session, step)
 
-    async def _execute(self, session: Session, data: bytes, digest: bytes) -> None:
+    @staticmethod
+    def _add_output(session: Session, step: _Step) -> None:
+        """Stage 0: take note of what the last stage drew from the newest step, and relay it."""
+        kept = session.check_follows(step.position)
+        accepted = kept - 1 if step.step > 1 else 0
+        given = token_ids(step.data)
+        if max(given) >= session.manifest.vocabulary_size:
+            raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, "a token lies outside the vocabulary")
+        drafts = session.outputs[-1].token_ids[1:] if session.outputs else ()
+        if any(token in session.manifest.end_token_ids for token in drafts[:accepted]):
+            raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, "the answer goes on behind its end token")
+        output = ReceivedOutput(accepted, given, step.digest)
+        session.outputs.append(output)
+        session.tokens += (*drafts[:accepted], given[0])
+        if session.upstream is not None:
+            session.upstream.send(_step_output(session, step.step - 1, output))
+
+    async def _execute(self, session: Session, step: _Step) -> None:
         """Run the next step, hand its output on, and leave the rest to the recording thread."""
-        number, rows = session.next_step, session.rows_of(session.next_step)
         assert session.cache is not None, "an active session has a cache"
+        if step.position > session.cache.position:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
+                f"the rows from position {session.cache.position} on were given up for another step {step.step}, which "
+                "could not be run; the session cannot go on",
+            )
+        # Rows of sessions that run together cost time each, where those of one alone wait for the same weights.
+        most_drafts = self._settings.speculation_tokens // max(1, self._sessions.active)
+        written = False
+
+        def write(output: StepOutput) -> None:
+            # In the compute thread, so that the output need not wait for the event loop.
+            nonlocal written
+            session.unacknowledged = self._frames(session, step.step, output)
+            written = len(session.unacknowledged) == 1 and self.peers.write_now(
+                session.successor, session.unacknowledged[0]
+            )
+
+        def count(_output: StepOutput) -> None:
+            session.executed.append(ExecutedStep(step.position, step.rows, step.digest))
+            if not written:
+                self._repeat_output(session)
+
         output = await self._runtime.step(
             session.executor,
             session.cache,
-            data,
-            rows=rows,
-            position=session.position,
-            step=number,
-            sampling=session.opening.sampling,
-            output_encoding=self._output_encoding(session, rows),
+            step.data,
+            rows=step.rows,
+            position=step.position,
+            take=lambda logits: session.take(logits, most_drafts),
+            output_encoding=self._output_encoding(session, step.rows),
+            write=write,
+            deliver=count,
         )
-        session.input_digests.append(digest)
-        session.next_step += 1
-        session.position += rows
-        self._hand_on(session, number, output)
         await self._await_recordings(session)
         # Submitted before anything else can be: statements about this step are checked after it.
+        self._unrecorded += 1
         recording = asyncio.get_running_loop().run_in_executor(
-            self._recorder,
-            lambda: self._record(session, number, rows, data, digest, output),
+            self._recorder, lambda: self._record(session, step, output)
         )
         session.recordings.append(recording)
         recording.add_done_callback(lambda done: self._recorded(session, done))
-        if output.token is not None and session.is_final(output.token, number + 1):
-            await self._end_here(session, session.reason_of(output.token))
-            return
-        if session.end_steps == session.next_step:
-            await self._end_here(session, session.finish_reason)
+        if output.drawn is not None and session.answer is not None:
+            newest = output.drawn.tokens[-1]
+            if session.is_final(newest, session.answer.count):
+                await self._end_here(session, session.reason_of(newest), session.answer.count)
 
     def _output_encoding(self, session: Session, rows: int) -> TensorEncoding:
         """How the rows of the session's next step travel: by setting, else by the measured link to the next stage."""
@@ -647,20 +664,21 @@ class Pipeline:
             case other:
                 assert_never(other)
 
-    def _hand_on(self, session: Session, number: int, output: StepOutput) -> None:
-        """Send one step's output to the next stage; the last stage's token becomes the next step of stage 0."""
+    @staticmethod
+    def _frames(session: Session, number: int, output: StepOutput) -> list[execution_pb2.ForwardRequest]:
+        """One step's output as it goes to the next stage; the last stage's becomes the next step of stage 0."""
         payload, digest = output.payload, output.digest
         step = number + 1 if session.is_last else number
         count = max(1, -(-len(payload) // _PAYLOAD_BYTES))
         encoding = common_pb2.TensorEncoding.ValueType(output.encoding)
-        frames = [
+        return [
             execution_pb2.ForwardRequest(
                 frame=execution_pb2.StepFrame(
                     request_id=session.request_id,
                     stage=session.successor_stage,
                     step=step,
-                    position=session.position_of(step),
-                    rows=session.rows_of(step),
+                    position=output.position,
+                    rows=output.rows,
                     encoding=encoding,
                     frame_index=index,
                     frame_count=count,
@@ -670,9 +688,6 @@ class Pipeline:
             )
             for index in range(count)
         ]
-        session.unacknowledged = frames
-        for message in frames:
-            self._send(session, message)
 
     def _send(self, session: Session, message: execution_pb2.ForwardRequest) -> None:
         """To the next stage; a peer that takes nothing fails the session."""
@@ -706,42 +721,52 @@ class Pipeline:
     # -- the end of a session
 
     async def _handle_cancel(self, session: Session, item: _Cancel) -> None:
-        await self._end_here(session, common_pb2.FINISH_REASON_CANCELLED)
-        if item.done is not None and not item.done.done():
-            item.done.set_result(session.next_step)
+        session.close_waiters.append(item.done)
+        await self._close(session)
+        if session.state is not SessionState.ACTIVE:
+            self._answer_close(session)
+
+    async def _close(self, session: Session) -> None:
+        """Stage 0: no further step. How many tokens the newest one gives is the last stage's to say, so the end waits
+        for its output; an answer that is complete is ended by the last stage.
+        """
+        session.closing = True
+        unanswered = len(session.outputs) < session.next_step
+        if session.next_step and (unanswered or session.is_final(session.tokens[-1], len(session.tokens))):
+            return
+        await self._end_here(session, common_pb2.FINISH_REASON_CANCELLED, len(session.tokens))
+
+    @staticmethod
+    def _answer_close(session: Session) -> None:
+        """Tell whoever closed the session after how many steps it ended."""
+        for waiter in session.close_waiters:
+            if not waiter.done():
+                waiter.set_result(session.next_step)
+        session.close_waiters.clear()
 
     async def _handle_end(self, session: Session, item: _EndReceived) -> None:
         end = item.end
+        if session.stage > 0 and session.state is not SessionState.ACTIVE:
+            return
+        session.check_end(end.steps, end.tokens)
         if session.stage == 0:
-            if end.steps != session.next_step:
-                raise Refusal(
-                    ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
-                    f"stage 0 forwarded {session.next_step} steps, the end is announced after {end.steps}",
-                )
-            reason = end.finish_reason
-            await self._end_here(session, reason)
-            if session.state is SessionState.SEALED and session.ended_message is None:
-                session.ended_message = execution_pb2.SessionEnded(
-                    request_id=session.request_id,
-                    steps=session.next_step,
-                    finish_reason=session.finish_reason,
-                    statement=session.final_statement,
-                )
-                self._send_ended(session)
-            return
-        if session.state is not SessionState.ACTIVE:
-            return
-        if end.steps < session.next_step or end.steps == 0:
-            raise Refusal(
-                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
-                f"{session.next_step} steps were executed, the end is announced after {end.steps}",
+            # The statement that came before the end is part of the answer.
+            await self._await_recordings(session, 1)
+        await self._end_here(session, end.finish_reason, end.tokens)
+        if session.stage == 0 and session.state is SessionState.SEALED and session.ended_message is None:
+            session.ended_message = execution_pb2.SessionEnded(
+                request_id=session.request_id,
+                steps=session.next_step,
+                tokens=end.tokens,
+                finish_reason=session.finish_reason,
+                statement=session.final_statement,
             )
-        session.end_steps, session.finish_reason = end.steps, end.finish_reason
-        if session.next_step == end.steps:
-            await self._end_here(session, end.finish_reason)
+            self._send_ended(session)
 
-    async def _end_here(self, session: Session, reason: common_pb2.FinishReason.ValueType) -> None:
-        """No step follows: seal the stage on disk and tell the next stage. Harmless when repeated."""
+    async def _end_here(self, session: Session, reason: common_pb2.FinishReason.ValueType, tokens: int) -> None:
+        """No step follows, the answer has `tokens` tokens: seal the stage on disk and tell the next stage. Harmless
+        when repeated.
+        """
         if session.state is not SessionState.ACTIVE:
             return
         if session.next_step == 0:
@@ -751,12 +776,13 @@ class Pipeline:
                 Refusal(ErrorReason.ERROR_REASON_UNKNOWN_SESSION, "the session was closed before its first step"),
             )
             return
-        session.end_steps, session.finish_reason = session.next_step, reason
+        session.finish_reason = reason
         end = execution_pb2.ForwardRequest(
             end=execution_pb2.EndOfSession(
                 request_id=session.request_id,
                 stage=session.successor_stage,
                 steps=session.next_step,
+                tokens=tokens,
                 finish_reason=reason,
             )
         )
@@ -765,13 +791,14 @@ class Pipeline:
             session.unacknowledged.append(end)
             self._send(session, end)
         try:
-            recorded = await self._seal(session)
+            recorded = await self._seal(session, tokens)
         except Refusal as refusal:
             self._fail(session, refusal)
             return
         if session.has_failed:
             return
         session.state = SessionState.SEALED
+        self._answer_close(session)
         self._sessions.free_cache(session)
         self._deliver(session, recorded)
         if session.is_last:
@@ -805,26 +832,48 @@ class Pipeline:
     # -- statements
 
     async def _handle_statement(self, session: Session, item: _StatementReceived) -> None:
-        statement = item.statement
-        if len(statement.chain) != BYTES32:
+        """Leave it to the recording thread: the next step does not wait for a neighbour's signature, nor for the disk
+        behind it.
+        """
+        if len(item.statement.chain) != BYTES32:
             return
-        from_predecessor = item.stream is not None
+        await self._await_recordings(session)
+        checking = asyncio.get_running_loop().run_in_executor(
+            self._recorder, lambda: self._check_statement(session, item.statement, item.stream is not None)
+        )
+        session.recordings.append(checking)
+        checking.add_done_callback(lambda done: self._statement_checked(session, item, done))
+
+    def _check_statement(
+        self, session: Session, statement: common_pb2.SignedHandOver, from_predecessor: bool
+    ) -> Refusal | StorageError | None:
+        """In the recording thread: why a statement is not kept."""
         try:
-            await self._in_recorder(lambda: self._keep_statement(session, statement, from_predecessor))
+            self._keep_statement(session, statement, from_predecessor)
         except (Refusal, StorageError) as error:
-            log.warning(
-                "statement_refused",
-                request_id=session.request_id.hex(),
-                stage=session.stage,
-                step=statement.step,
-                detail=str(error),
-            )
-            if isinstance(error, Refusal) and error.reason == ErrorReason.ERROR_REASON_DIGEST_MISMATCH:
-                # The neighbour signed for other bytes than we have: going on could only end in a dispute.
-                self._fail(session, error)
+            return error
+        return None
+
+    def _statement_checked(
+        self, session: Session, item: _StatementReceived, done: asyncio.Future[Refusal | StorageError | None]
+    ) -> None:
+        if done.cancelled():
             return
-        if from_predecessor and session.stage == 0:
-            session.final_statement = statement
+        if (broken := done.exception()) is not None:
+            self._fail(session, _storage_refusal(broken))
+            return
+        error = done.result()
+        if error is None:
+            if item.stream is not None and session.stage == 0:
+                session.final_statement = item.statement
+            return
+        log.warning(
+            "statement_refused", request_id=session.request_id.hex(), stage=session.stage,
+            step=item.statement.step, detail=str(error),
+        )  # fmt: skip
+        if isinstance(error, Refusal) and error.reason == ErrorReason.ERROR_REASON_DIGEST_MISMATCH:
+            # The neighbour signed for other bytes than we have: going on could only end in a dispute.
+            self._fail(session, error)
 
     def _keep_statement(self, session: Session, statement: common_pb2.SignedHandOver, from_predecessor: bool) -> None:
         """In the recording thread, after the steps before it: check a neighbour's statement against our own bytes and
@@ -866,8 +915,7 @@ class Pipeline:
         if not from_predecessor and not session.is_last:
             return steps[step].output_chain if step < len(steps) else None
         if from_predecessor:
-            digests = [hashlib.sha256(token.to_bytes(4, "little")).digest() for token in session.tokens]
-            return _chain_at(session.token_chains, digests, step)
+            return _chain_at(session.output_chains, [output.digest for output in session.outputs], step)
         returned = [session.opening.prompt_digest, *(item.output_digest for item in steps)]
         return _chain_at(session.returned_chains, returned, step)
 
@@ -876,16 +924,19 @@ class Pipeline:
     async def _in_recorder(self, function: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._recorder, function)
 
-    def _record(
-        self, session: Session, number: int, rows: int, data: bytes, digest: bytes, output: StepOutput
-    ) -> _Recorded:
+    def _record(self, session: Session, step: _Step, output: StepOutput) -> _Recorded:
         """Sketch, evidence and, every few steps, the two statements of one step."""
+        if self._unrecorded == 1:
+            # Not where steps queue up: those of other sessions are then being computed anyway.
+            time.sleep(_RECORDING_PAUSE_S)
         fingerprint = session.sketch.add(output.sketched)
-        leaf = session.builder.add(rows, digest, output.digest, fingerprint)
-        encoding = encoding_of_input(session.manifest, session.executor.first_unit, rows, len(data))
-        self._evidence.add_step(session.request_id, session.stage, leaf, int(encoding), data)
-        if number % self._settings.statement_interval_steps:
-            return _Recorded(number, None, None)
+        leaf = session.builder.add(step.rows, step.digest, output.digest, fingerprint, position=step.position)
+        encoding = encoding_of_input(session.manifest, session.executor.first_unit, step.rows, len(step.data))
+        # The tokens that a last stage handed on: its committee judges their draws.
+        shown = output.payload if session.is_last else None
+        self._evidence.add_step(session.request_id, session.stage, leaf, int(encoding), step.data, shown)
+        if step.step % self._settings.statement_interval_steps:
+            return _Recorded(step.step, None, None)
         return self._state(session)
 
     def _state(self, session: Session) -> _Recorded:
@@ -914,6 +965,7 @@ class Pipeline:
         )
 
     def _recorded(self, session: Session, done: asyncio.Future[_Recorded]) -> None:
+        self._unrecorded -= 1
         if done.cancelled():
             return
         error = done.exception()
@@ -946,7 +998,7 @@ class Pipeline:
             await asyncio.wait((recording,))
             session.recordings.popleft()
 
-    async def _seal(self, session: Session) -> _Recorded:
+    async def _seal(self, session: Session, tokens: int) -> _Recorded:
         """Everything recorded, the final statements signed, the result on disk."""
         failures = [
             recording.exception()
@@ -965,7 +1017,7 @@ class Pipeline:
                 evidence_root=session.builder.finish().root,
                 sketch=session.sketch.value(),
                 salt=secrets.token_bytes(32),
-                output_tokens=session.next_step,
+                output_tokens=tokens,
             )
             self._evidence.seal(session.request_id, session.stage, result)
             return recorded
@@ -996,9 +1048,11 @@ def _chain_at(known: list[bytes], digests: list[bytes], step: int) -> bytes | No
     return known[step]
 
 
-def _output_token(session: Session, number: int, token: int) -> execution_pb2.ForwardResponse:
+def _step_output(session: Session, number: int, output: ReceivedOutput) -> execution_pb2.ForwardResponse:
     return execution_pb2.ForwardResponse(
-        token=execution_pb2.OutputToken(request_id=session.request_id, step=number, token_id=token)
+        output=execution_pb2.StepOutput(
+            request_id=session.request_id, step=number, accepted=output.accepted, token_ids=output.token_ids
+        )
     )
 
 

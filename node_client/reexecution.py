@@ -13,23 +13,23 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import grpc.aio
-import numpy as np
 import structlog
 
 from bsns.chain.signer import Signer
 from bsns.protocol.commitments import (
     EvidenceStep,
     StageEvidence,
-    content_digest,
     input_commitment,
+    kept_rows,
     sketch_seed,
     stage_commitment,
-    token_bytes,
+    step_digest,
+    token_ids,
 )
 from bsns.protocol.hand_over import (
     MAXIMUM_STATEMENTS,
@@ -52,7 +52,7 @@ from node_client.evidence_store import StageResult
 from node_client.peers import PeerPool
 from node_client.session_store import sampling_from_message
 from node_client.settings import NodeSettings
-from node_client.shard_runtime import Rows, ShardRuntime, encoding_of_input, holds_head, new_sketch, tolerance_of
+from node_client.shard_runtime import Rows, ShardRuntime, encoding_of_input, new_sketch, tolerance_of
 
 if TYPE_CHECKING:
     from bsns.v1.execution_pb2_grpc import ShardExecutionAsyncStub
@@ -70,14 +70,16 @@ class EvidenceInvalidError(Exception):
 
 @dataclass(frozen=True)
 class FetchedEvidence:
-    """Evidence that opened the commitment; `inputs[t]` are the exact input bytes of step t, if they were asked for."""
+    """Evidence that opened the commitment; `inputs[t]` are the exact input bytes of step t, if they were asked for, and
+    `draws[t]` then the tokens that a last stage drew from its rows, in their order; empty for another stage.
+    """
 
     shown: ShownStage
     inputs: tuple[bytes, ...]
+    draws: tuple[tuple[int, ...], ...]
     evidence_root: bytes
     output_tokens: int
     sampling: SamplingParameters
-    prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -227,8 +229,10 @@ class Reexecution:
         )
         header: execution_pb2.StageEvidence | None = None
         inputs: dict[int, bytearray] = {}
+        outputs: dict[int, bytes] = {}
         received = 0
         limit = self._settings.evidence_response_bytes
+        is_last = stage == len(case.route) - 1
 
         async def receive(stub: ShardExecutionAsyncStub) -> None:
             nonlocal header, received
@@ -239,12 +243,17 @@ class Reexecution:
                     header = message.evidence
                     _check_header(header, case, stage)
                     continue
-                if header is None or not with_inputs or message.input.step >= len(header.steps):
-                    raise EvidenceInvalidError("inputs came before the evidence, unasked, or for steps not in it")
-                received += len(message.input.payload)
+                is_output = message.HasField("output")
+                part = message.output if is_output else message.input
+                if header is None or not with_inputs or part.step >= len(header.steps) or (is_output and not is_last):
+                    raise EvidenceInvalidError("bytes came before the evidence, unasked, or for steps not in it")
+                received += len(part.payload)
                 if received > limit:
-                    raise EvidenceInvalidError(f"more than {limit} bytes of inputs")
-                inputs.setdefault(message.input.step, bytearray()).extend(message.input.payload)
+                    raise EvidenceInvalidError(f"more than {limit} bytes of inputs and outputs")
+                if is_output:
+                    outputs[part.step] = part.payload
+                else:
+                    inputs.setdefault(part.step, bytearray()).extend(part.payload)
 
         await self._peers.with_channel(served.node, receive)
         if header is None:
@@ -253,7 +262,7 @@ class Reexecution:
         ordered = []
         for step in evidence.steps if with_inputs else ():
             data = bytes(inputs.get(step.step, b""))
-            if content_digest(data) != step.input_digest:
+            if step_digest(data, step.position, step.rows) != step.input_digest:
                 raise EvidenceInvalidError(f"the input bytes of step {step.step} are not those of the evidence")
             try:
                 encoding_of_input(case.manifest, served.first_unit, step.rows, len(data))
@@ -263,10 +272,10 @@ class Reexecution:
         return FetchedEvidence(
             ShownStage(stage, served.node, evidence, _statements_of(header)),
             tuple(ordered),
+            _draws(case.manifest, header, evidence, outputs) if is_last and with_inputs else (),
             bytes(header.evidence_root),
             header.output_tokens,
             sampling_from_message(header.input.sampling),
-            header.input.prompt_tokens,
         )
 
     async def _execute(self, case: _Case, stage: int, model: ModelId, fetched: FetchedEvidence) -> StageResult:
@@ -276,22 +285,22 @@ class Reexecution:
         )
         try:
             sketch = new_sketch(sketch_seed(case.request_id, stage), executor)
-            head, tolerance = holds_head(executor), tolerance_of(executor).logit_tolerance
+            tolerance = tolerance_of(executor).logit_tolerance
             steps = fetched.shown.evidence.steps
-            number = 0
+            draws, count = iter(fetched.draws), 0
             draws_hold = True
 
             def take(rows: Rows) -> None:
                 # In the compute thread, one step after the other.
-                nonlocal number, draws_hold
+                nonlocal count, draws_hold
                 sketch.add(rows)
-                if head and not _is_draw(rows, fetched, number, tolerance):
-                    draws_hold = False
-                number += 1
+                tokens = next(draws, ())
+                draws_hold = draws_hold and _are_draws(rows, fetched.sampling, count, tokens, tolerance)
+                count += len(tokens)
 
             await self._runtime.reexecute(
                 executor,
-                ((data, step.rows) for data, step in zip(fetched.inputs, steps, strict=True)),
+                ((data, step.position, step.rows) for data, step in zip(fetched.inputs, steps, strict=True)),
                 self._settings.reexecution_rows,
                 take,
             )
@@ -306,30 +315,55 @@ class Reexecution:
             self._runtime.release(executor)
 
 
-def _is_draw(logits: Rows, fetched: FetchedEvidence, number: int, tolerance: float) -> bool:
-    """Whether the token that the stage sent at step `number` is a draw from these logits.
-
-    The token itself is not in the evidence, only its digest: the next step's input of stage 0 is. So the candidates are
-    the tokens whose digest it can be; an honest one is among the likeliest, and the search ends at the first that fits.
-    """
-    token = _token_of_digest(fetched.shown.evidence.steps[number].output_digest, logits)
-    if token is None:
-        return False
+def _are_draws(logits: Rows, sampling: SamplingParameters, first: int, tokens: Sequence[int], tolerance: float) -> bool:
+    """Whether `tokens`, number `first` of the answer and those behind it, are draws from the first rows of `logits`."""
     try:
-        return is_consistent_draw(logits[-1], fetched.sampling, number, token, tolerance)
+        return all(
+            is_consistent_draw(row, sampling, first + index, token, tolerance)
+            for index, (row, token) in enumerate(zip(logits, tokens))
+        )
     except SamplingError:
         return False
 
 
-def _token_of_digest(digest: bytes, logits: Rows) -> int | None:
-    """The token id whose four bytes have `digest`, likeliest first; None if there is none in the vocabulary."""
-    likeliest = int(np.argmax(logits[-1]))
-    if content_digest(token_bytes([likeliest])) == digest:
-        return likeliest  # without sorting the vocabulary: a greedy answer has no other
-    for token in np.argsort(-logits[-1], kind="stable").tolist():
-        if content_digest(token_bytes([token])) == digest:
-            return int(token)
-    return None
+def _draws(
+    manifest: ModelManifest, header: execution_pb2.StageEvidence, evidence: StageEvidence, outputs: Mapping[int, bytes]
+) -> tuple[tuple[int, ...], ...]:
+    """The tokens that the answer takes from the rows of each step of a last stage: drafts of the step before, then the
+    newest token. EvidenceInvalidError unless `outputs` open the digests, and with them which rows were kept.
+    """
+    steps = evidence.steps
+    kept = _kept(header, evidence)
+    found = []
+    drafts: tuple[int, ...] = ()
+    for step, count in zip(steps, kept, strict=True):
+        payload = outputs.get(step.step, b"")
+        try:
+            newest, *following = token_ids(payload)
+        except ValueError as error:
+            raise EvidenceInvalidError(f"the output of step {step.step} holds no token") from error
+        rows = 1 + len(following)
+        if step.step + 1 < len(steps) and steps[step.step + 1].rows != rows:
+            raise EvidenceInvalidError(f"step {step.step} gave {rows} rows, the next has another number")
+        if step_digest(payload, step.position + count, rows) != step.output_digest:
+            raise EvidenceInvalidError(f"the output bytes of step {step.step} are not those of the evidence")
+        # Of the prompt only the last row is drawn from.
+        tokens = (*drafts[: count - 1], newest) if step.step else (newest,)
+        if any(token in manifest.end_token_ids for token in tokens[:-1]) or (
+            newest in manifest.end_token_ids and step is not steps[-1]
+        ):
+            raise EvidenceInvalidError(f"the answer goes on behind the end token that step {step.step} gave")
+        found.append(tokens)
+        drafts = tuple(following)
+    return tuple(found)
+
+
+def _kept(header: execution_pb2.StageEvidence, evidence: StageEvidence) -> tuple[int, ...]:
+    opening = header.input
+    try:
+        return kept_rows(evidence, opening.prompt_tokens, header.output_tokens, opening.sampling.maximum_tokens)
+    except ProtocolError as error:
+        raise EvidenceInvalidError(str(error)) from error
 
 
 def _evidence_of(header: execution_pb2.StageEvidence) -> StageEvidence:
@@ -371,10 +405,8 @@ def _check_header(header: execution_pb2.StageEvidence, case: _Case, stage: int) 
         raise Refusal(
             ErrorReason.ERROR_REASON_EVIDENCE_UNAVAILABLE, "the answer does not open the executor's commitment"
         )
-    if len(header.steps) > request.maximum_tokens or header.output_tokens != len(header.steps):
-        raise EvidenceInvalidError(
-            f"{len(header.steps)} steps for {header.output_tokens} answer tokens, {request.maximum_tokens} were paid"
-        )
+    if len(header.steps) > request.maximum_tokens:
+        raise EvidenceInvalidError(f"{len(header.steps)} steps, {request.maximum_tokens} answer tokens were paid")
     evidence = _evidence_of(header)
     if evidence.root != header.evidence_root:
         raise EvidenceInvalidError("the steps do not have the root that was committed to")
@@ -390,10 +422,10 @@ def _check_header(header: execution_pb2.StageEvidence, case: _Case, stage: int) 
         != request.input_commitment
     ):
         raise EvidenceInvalidError("the opening is not that of the request's input commitment")
-    first = evidence.steps[0]
-    if first.rows != opening.prompt_tokens or any(step.rows != 1 for step in evidence.steps[1:]):
-        raise EvidenceInvalidError("step 0 is the prompt and each later step one token")
-    if first.rows + len(evidence.steps) - 1 > case.manifest.context_limit:
+    _kept(header, evidence)
+    if opening.sampling.maximum_tokens > request.maximum_tokens:
+        raise EvidenceInvalidError(f"the sampling parameters allow more than the {request.maximum_tokens} tokens paid")
+    if max(step.position + step.rows for step in evidence.steps) > case.manifest.context_limit:
         raise EvidenceInvalidError("more positions than the model's context")
-    if served.first_unit == 0 and first.input_digest != opening.prompt_digest:
+    if served.first_unit == 0 and evidence.steps[0].input_digest != opening.prompt_digest:
         raise EvidenceInvalidError("stage 0 executed another prompt than the request's")

@@ -19,22 +19,33 @@ from typing import TYPE_CHECKING, Any
 
 from eth_typing import ChecksumAddress
 
-from bsns.protocol.commitments import EvidenceBuilder, input_commitment, sketch_seed
+from bsns.protocol.commitments import (
+    MAXIMUM_DRAFTS,
+    MAXIMUM_SHOWN_PROMPT,
+    TOKEN_BYTES,
+    EvidenceBuilder,
+    content_digest,
+    input_commitment,
+    sketch_seed,
+    token_ids,
+)
 from bsns.protocol.contract_states import NodeStatus, RequestStatus
 from bsns.protocol.identifiers import BYTES32, ModelId, RequestId
-from bsns.protocol.manifest import VALUE_BYTES, ModelManifest
+from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.plan import execution_class_id
 from bsns.protocol.sampling import SamplingError, SamplingParameters
 from bsns.protocol.sketch import StageSketch
 from bsns.protocol.typed_data import SESSION_TOKEN, is_signed_by, signing_digest
 from bsns.runtime.activation_codec import TensorEncoding
+from bsns.runtime.cuda import DeviceMemoryError
 from bsns.runtime.executor import ShardExecutor, StageSession
 from bsns.v1 import common_pb2, execution_pb2
 from node_client.chain_view import ChainView, RequestView, SigningDomains, StageView
 from node_client.errors import ErrorReason, Refusal
 from node_client.evidence_store import EvidenceStore, InputOpening
+from node_client.prompt_lookup import Drawn, SpeculatedAnswer
 from node_client.settings import NodeSettings
-from node_client.shard_runtime import ShardRuntime, input_bytes, input_encodings, new_sketch
+from node_client.shard_runtime import Rows, ShardRuntime, input_bytes, input_encodings, new_sketch
 from node_client.signing_guard import SigningGuard
 
 if TYPE_CHECKING:
@@ -52,6 +63,31 @@ class SessionState(enum.Enum):
     FAILED = "failed"
 
 
+@dataclass(frozen=True, slots=True)
+class ExecutedStep:
+    """A step that was executed: a repeat must be the same."""
+
+    position: int
+    rows: int
+    digest: bytes
+
+    @property
+    def end(self) -> int:
+        """Position behind the last row."""
+        return self.position + self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedOutput:
+    """What the last stage handed to stage 0 after a step: `token_ids` are the newest token and its drafts, `accepted`
+    of the drafts before it belong to the answer.
+    """
+
+    accepted: int
+    token_ids: tuple[int, ...]
+    digest: bytes
+
+
 @dataclass(eq=False)
 class Session:
     """One stage of one request. Changed only by its own task in the pipeline, except `inbox`."""
@@ -67,21 +103,21 @@ class Session:
     cache_bytes: int
     sketch: StageSketch
     inbox: asyncio.Queue[Any]
+    # Last stage only.
+    answer: SpeculatedAnswer | None = None
     state: SessionState = SessionState.ACTIVE
-    next_step: int = 0
-    position: int = 0
-    input_digests: list[bytes] = field(default_factory=list)
+    executed: list[ExecutedStep] = field(default_factory=list)
     # Where step 0 (or, behind stage 0, every step) comes from; for stage 0 the requester.
     upstream: ForwardStream | None = None
-    # Stage 0 only: where the last stage's tokens come from.
+    # Stage 0 only: where the last stage's outputs come from, the outputs, and the answer's tokens in them.
     ring: ForwardStream | None = None
+    outputs: list[ReceivedOutput] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    # The next step of stage 0, held back while the requester is away.
-    held: bytes | None = None
+    # Stage 0 only: the requester is away, or wants the end; no step is begun then.
+    held: object | None = None
+    closing: bool = False
+    close_waiters: list[asyncio.Future[int]] = field(default_factory=list)
     finish_reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_UNSPECIFIED
-    # Steps after which the session ends, once that is known.
-    end_steps: int | None = None
-    end_passed_on: bool = False
     ended_message: execution_pb2.SessionEnded | None = None
     final_statement: common_pb2.SignedHandOver | None = None
     # For a successor that reconnects: the newest output and what followed it.
@@ -91,9 +127,9 @@ class Session:
     builder: EvidenceBuilder = field(default_factory=EvidenceBuilder)
     recordings: deque[asyncio.Future[Any]] = field(default_factory=deque)
     last_signed_step: int = -1
-    # Chains that the neighbours across the ring's joint have: of the tokens sent to stage 0, of the inputs that stage 0
-    # received.
-    token_chains: list[bytes] = field(default_factory=list)
+    # Chains that the neighbours across the ring's joint have: of the outputs that were sent to stage 0, of the inputs
+    # that stage 0 received.
+    output_chains: list[bytes] = field(default_factory=list)
     returned_chains: list[bytes] = field(default_factory=list)
     opened_at: float = 0.0
 
@@ -132,12 +168,102 @@ class Session:
     def manifest(self) -> ModelManifest:
         return self.executor.manifest
 
-    def rows_of(self, step: int) -> int:
-        """Step 0 is the prompt (of a model that takes no tokens, its input row), each later step one token."""
-        return self.opening.prompt_tokens if step == 0 else 1
+    @property
+    def next_step(self) -> int:
+        return len(self.executed)
 
-    def position_of(self, step: int) -> int:
-        return 0 if step == 0 else self.opening.prompt_tokens + step - 1
+    @property
+    def positions(self) -> int:
+        """Rows of the whole sequence: the last token drawn is nobody's input."""
+        return self.opening.prompt_tokens + self.opening.sampling.maximum_tokens - 1
+
+    def check_extent(self, step: int, position: int, rows: int) -> None:
+        """Refusal unless `rows` rows from `position` on can be step `step` of this session, whatever came before.
+
+        Step 0 is the prompt (of a model that takes no tokens, its input row), each later one a token and its drafts.
+        """
+        prompt = self.opening.prompt_tokens
+        if step == 0:
+            if (position, rows) != (0, prompt):
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
+                    f"step 0 has {prompt} rows from position 0 on, {rows} from {position} on were announced",
+                )
+            return
+        most = 1 + MAXIMUM_DRAFTS if self.manifest.takes_token_ids else 1
+        if not 1 <= rows <= most:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_MALFORMED_TENSOR, f"step {step} has 1 to {most} rows, {rows} were announced"
+            )
+        # Stage 0 also gets the answer's last token, of which it executes nothing.
+        ends_answer = self.stage == 0 and rows == 1
+        if not prompt <= position <= self.positions + ends_answer - rows:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
+                f"step {step} lies between positions {prompt} and {self.positions}, {rows} rows from {position} on "
+                "were announced",
+            )
+
+    def check_follows(self, position: int) -> int:
+        """How many rows of the newest step are kept if the next begins at `position`; Refusal unless at least one is,
+        of the prompt all, and no gap is left.
+        """
+        last = self.executed[-1]
+        kept = position - last.position
+        if not 1 <= kept <= last.rows or (last.position == 0 and kept != last.rows):
+            raise Refusal(
+                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
+                f"step {self.next_step} begins behind a row of step {self.next_step - 1}, which has positions "
+                f"{last.position} to {last.end - 1}; position {position} was announced",
+            )
+        return kept
+
+    def check_next(self, step: int, position: int, rows: int) -> None:
+        """Refusal unless this is the step that comes next, of a session that goes on."""
+        if step != self.next_step:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER, f"step {self.next_step} comes next, step {step} was sent"
+            )
+        if self.state is not SessionState.ACTIVE:
+            raise Refusal(ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER, "the session has ended")
+        if step == 0:
+            return
+        self.check_follows(position)
+        if self.answer is not None:
+            drawn = self.opening.prompt_tokens + self.answer.count - 1, 1 + len(self.answer.drafts)
+            if (position, rows) != drawn:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
+                    f"step {step} has {drawn[1]} rows from position {drawn[0]} on, as they were handed to stage 0; "
+                    f"{rows} rows from {position} on came back",
+                )
+
+    def check_repeat(self, step: int, position: int, rows: int, digest: bytes) -> None:
+        """Refusal unless `step`, which was executed, is repeated as it was."""
+        if self.executed[step] != ExecutedStep(position, rows, digest):
+            raise Refusal(
+                ErrorReason.ERROR_REASON_DIGEST_MISMATCH,
+                f"step {step} was executed with other rows; a step has one input",
+            )
+
+    def check_end(self, steps: int, tokens: int) -> None:
+        """Refusal unless the session can end after the steps it executed with an answer of `tokens` tokens."""
+        if steps != self.next_step or not steps:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
+                f"{self.next_step} steps were executed, the end is announced after {steps}",
+            )
+        known = self.answer.count if self.answer is not None else len(self.tokens) if self.stage == 0 else tokens
+        if tokens != known:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER, f"the answer has {known} tokens, its end speaks of {tokens}"
+            )
+        self.check_follows(self.opening.prompt_tokens + tokens - 1)
+
+    def take(self, logits: Rows, most_drafts: int) -> Drawn:
+        """The last stage draws, and drafts."""
+        assert self.answer is not None, "only the last stage has logits"
+        return self.answer.take(logits, most_drafts if self.manifest.takes_token_ids else 0)
 
     def encodings_of(self, step: int) -> tuple[TensorEncoding, ...]:
         """How the input of a step may travel: what returns to stage 0 after its first step are tokens, of any model."""
@@ -145,10 +271,10 @@ class Session:
             return (TensorEncoding.TOKEN_IDS,)
         return input_encodings(self.manifest, self.executor.first_unit)
 
-    def input_bytes_of(self, step: int, encoding: TensorEncoding) -> int:
+    def input_bytes_of(self, step: int, rows: int, encoding: TensorEncoding) -> int:
         if self.stage == 0 and step > 0:
-            return VALUE_BYTES
-        return input_bytes(self.manifest, self.executor.first_unit, self.rows_of(step), encoding)
+            return TOKEN_BYTES * rows
+        return input_bytes(self.manifest, self.executor.first_unit, rows, encoding)
 
     def is_final(self, token: int, tokens: int) -> bool:
         """Whether `token`, the `tokens`-th drawn, ends the answer."""
@@ -306,8 +432,12 @@ class SessionStore:
                 f"{opening.prompt_tokens} prompt tokens and {opening.sampling.maximum_tokens} answer tokens take "
                 f"{positions} positions, the model has {manifest.context_limit}; shorten one of them",
             )
+        prompt = _checked_prompt(message.prompt, opening, manifest, is_last=key[1] == len(route) - 1)
         self._check_history(key)
-        return await self._allocate(key, request, route, opening, model, positions)
+        session = await self._allocate(key, request, route, opening, model, positions)
+        if session.is_last:
+            session.answer = SpeculatedAnswer(opening.sampling, manifest.end_token_ids, prompt)
+        return session
 
     async def _allocate(
         self,
@@ -330,13 +460,17 @@ class SessionStore:
                 )
             if self.active >= self._settings.maximum_sessions:
                 raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "all sessions are taken; try again later")
-            cache = executor.new_session(positions)
+            try:
+                cache = executor.new_session(positions)
+            except DeviceMemoryError as error:
+                raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, f"{error}; try again later") from error
             needed = cache.cache_bytes_limit
             if needed > self.free_cache_bytes:
                 raise Refusal(
                     ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED,
                     f"the session needs {needed} bytes of cache, {self.free_cache_bytes} are free; try again later",
                 )
+            # Without drafts that will be rejected: they cost the session its end, if nothing is left for them.
             input_total = input_bytes(executor.manifest, executor.first_unit, positions)
             if input_total > self._evidence.bytes_free:
                 raise Refusal(
@@ -397,6 +531,28 @@ class SessionStore:
                 f"{sampling.maximum_tokens} answer tokens are asked for, {request.maximum_tokens} were paid",
             )
         return InputOpening(bytes(message.prompt_digest), message.prompt_tokens, sampling, bytes(message.salt))
+
+
+def _checked_prompt(data: bytes, opening: InputOpening, manifest: ModelManifest, *, is_last: bool) -> tuple[int, ...]:
+    """The prompt that a requester shows to the last stage; empty if it shows none. Refusal if it is another one."""
+    if not data:
+        return ()
+    if not is_last or not manifest.takes_token_ids:
+        raise Refusal(
+            ErrorReason.ERROR_REASON_MALFORMED_MESSAGE,
+            "a prompt is shown to the last stage of a model that takes token ids, and to no other; leave it out",
+        )
+    if len(data) > TOKEN_BYTES * MAXIMUM_SHOWN_PROMPT:
+        raise Refusal(
+            ErrorReason.ERROR_REASON_MESSAGE_TOO_LARGE,
+            f"a prompt of more than {MAXIMUM_SHOWN_PROMPT} tokens is not looked up; leave it out",
+        )
+    if len(data) != TOKEN_BYTES * opening.prompt_tokens or content_digest(data) != opening.prompt_digest:
+        raise Refusal(
+            ErrorReason.ERROR_REASON_INPUT_COMMITMENT_MISMATCH,
+            "this is not the prompt of the request: send its token ids as int32, or leave them out",
+        )
+    return token_ids(data)
 
 
 def sampling_from_message(message: common_pb2.SamplingParameters) -> SamplingParameters:

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from bsns.protocol.commitments import MAXIMUM_DRAFTS
 from bsns.protocol.endpoints import is_loopback, masked_url, split_endpoint
 from bsns.protocol.measurements import MAXIMUM_LINKS
 from node_client.errors import SettingsError
@@ -75,13 +76,20 @@ class NodeSettings(BaseSettings):
     device: str = Field(
         default="cpu",
         pattern=r"^(cpu|cuda)(:\d+)?$",
-        description="where torch computes; the tolerances of cuda are not measured yet",
+        description="where torch computes; the tolerances of cuda are measured on one model of GPU (H200)",
     )
     arithmetic: Literal["float32", "bfloat16", "int8"] = Field(
         default="float32", description="how decoders' matrices are kept and multiplied; a plan promises it"
     )
     activation_encoding: Literal["link", "float32", "float16", "int8"] = Field(
         default="link", description="how activations travel to the next stage; link: as its measured bandwidth asks for"
+    )
+    speculation_tokens: int = Field(
+        default=8,
+        ge=0,
+        le=MAXIMUM_DRAFTS,
+        description="most tokens drafted at once from what the text repeats, as the last stage, shared by the sessions "
+        "that are open; 0: none",
     )
     maximum_batch: int = Field(default=64, ge=1, le=1024, description="steps of different sessions that run together")
     weight_memory_bytes: int = Field(default=4 * 1024 * MIB, ge=1, description="executors kept in memory")

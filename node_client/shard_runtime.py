@@ -10,10 +10,12 @@ own. Does not know sessions' rules, peers or the chain.
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -21,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bsns.protocol.commitments import content_digest, token_bytes
+from bsns.protocol.commitments import step_digest, token_bytes
 from bsns.protocol.identifiers import ModelId, model_id
 from bsns.protocol.manifest import EXPORTED, ManifestError, ModelManifest
 from bsns.protocol.plan import execution_class_id
-from bsns.protocol.sampling import SamplingError, SamplingParameters, draw
+from bsns.protocol.sampling import SamplingError
 from bsns.protocol.sketch import TOLERANCES, SketchError, SketchTolerance, StageSketch
 from bsns.runtime import activation_codec
 from bsns.runtime.activation_codec import ActivationError, TensorEncoding, encoded_size, takes_blockwise
@@ -42,6 +44,7 @@ from bsns.runtime.weight_formats import ARITHMETICS
 from bsns.runtime.weight_store import WeightStore, WeightStoreError
 from node_client.compute_thread import ComputeThread
 from node_client.errors import ErrorReason, Refusal
+from node_client.prompt_lookup import Drawn
 
 Rows = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -68,18 +71,21 @@ class ExecutorFactory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step of one stage produced: the exact bytes for the successor with their digest, and the rows that are
-    sketched.
+    """What one step of one stage produced: the exact bytes for the successor, which take them as `rows` rows from
+    `position` on, with their digest; and the rows that are sketched.
 
-    `payload` is [rows, width of the cut] in `encoding`, or for the last stage the drawn token (class) as int32;
-    `sketched` is float32 [rows, width of the cut] before it was encoded, or the logits [1, vocabulary].
+    `payload` is [rows, width of the cut] in `encoding`, or for the last stage the drawn token (class) and its drafts as
+    int32; `sketched` is float32 [rows, width of the cut] before it was encoded, or the logits: of each row, but of the
+    prompt's last one only.
     """
 
     payload: bytes
     encoding: TensorEncoding
+    position: int
+    rows: int
     digest: bytes
     sketched: Rows
-    token: int | None
+    drawn: Drawn | None
 
 
 class ShardRuntime:
@@ -178,6 +184,8 @@ class ShardRuntime:
                     )
                 except (WeightStoreError, ExecutionError) as error:
                     raise Refusal(ErrorReason.ERROR_REASON_WEIGHTS_UNAVAILABLE, str(error)) from error
+                # The libraries and the model stay: to look through them for garbage would stop a step for 0.1 s.
+                gc.freeze()
             self._executors.move_to_end(key)
             executor = self._executors[key]
             self._in_use[id(executor)] = self._in_use.get(id(executor), 0) + 1
@@ -197,12 +205,13 @@ class ShardRuntime:
     def _arithmetic_of(self, execution_class: bytes, manifest: ModelManifest) -> str:
         """The arithmetic of a class that this node can run for the model."""
         kernel = "aten" if manifest.architecture == EXPORTED else "sdpa"
+        device = self._device.partition(":")[0]  # a class says what kind of device computes, not which
         for arithmetic in ARITHMETICS:
-            if execution_class_id(f"torch-{self._device}/{arithmetic}/{kernel}") == execution_class:
+            if execution_class_id(f"torch-{device}/{arithmetic}/{kernel}") == execution_class:
                 return arithmetic
         raise Refusal(
             ErrorReason.ERROR_REASON_WEIGHTS_UNAVAILABLE,
-            f"execution class 0x{execution_class.hex()} is none of torch-{self._device}/{ARITHMETICS}/{kernel}, which "
+            f"execution class 0x{execution_class.hex()} is none of torch-{device}/{ARITHMETICS}/{kernel}, which "
             "this node can run",
         )
 
@@ -224,30 +233,49 @@ class ShardRuntime:
         *,
         rows: int,
         position: int,
-        step: int,
-        sampling: SamplingParameters,
+        take: Callable[[Rows], Drawn],
         output_encoding: TensorEncoding = TensorEncoding.RAW_FLOAT32,
+        write: Callable[[StepOutput], None] = lambda _: None,
+        deliver: Callable[[StepOutput], None] | None = None,
     ) -> StepOutput:
-        """One step of a live session. Refusal for bytes that are not the tensor expected; the session is then as
-        before. `output_encoding` is how a stage that draws nothing hands its rows on.
+        """One step of a live session, which first forgets every row from `position` on. Refusal for bytes that are not
+        the tensor expected; the session then holds `position` rows at the most.
+
+        A stage with the head draws: `take` gets the logits. `output_encoding` is how another hands its rows on. `write`
+        gets the output in the compute thread as soon as it is there, then `deliver` on the event loop before anything
+        else happens.
         """
+        head = holds_head(executor)
+
+        def prepare() -> torch.Tensor:
+            tensor: torch.Tensor = decode_input(executor, data, rows)
+            if session.position > position:
+                session.truncate(position)
+            return tensor
 
         def finish(outputs: list[torch.Tensor]) -> StepOutput:
-            output = outputs[-1] if holds_head(executor) or len(outputs) == 1 else torch.cat(outputs)
-            sketched: Rows = output.detach().cpu().numpy().astype(np.float32, copy=False)
+            output = outputs[-1] if head or len(outputs) == 1 else torch.cat(outputs)
+            sketched: Rows = output.numpy(force=True).astype(np.float32, copy=False)
             if not np.isfinite(sketched).all():
                 raise Refusal(
                     ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
                     "the step gives NaN or infinity: the activations received are not those of the model",
                 )
-            if holds_head(executor):
-                token = draw(sketched[-1], sampling, step)
-                payload, encoding = token_bytes([token]), TensorEncoding.TOKEN_IDS
+            drawn, encoding, next_position, next_rows = None, output_encoding, position, rows
+            if head:
+                drawn, encoding = take(sketched), TensorEncoding.TOKEN_IDS
+                next_position += len(drawn.tokens) if position else rows
+                next_rows = 1 + len(drawn.drafts)
+                payload = token_bytes((drawn.tokens[-1], *drawn.drafts))
+            elif output_encoding is TensorEncoding.RAW_FLOAT32:
+                payload = sketched.astype("<f4", copy=False).tobytes()
             else:
-                token, encoding = None, output_encoding
                 payload = activation_codec.encode(encoding, output)
             # Here and not on the event loop: one row of a vision model takes up to a few megabytes.
-            return StepOutput(payload, encoding, content_digest(payload), sketched, token)
+            digest = step_digest(payload, next_position, next_rows)
+            result = StepOutput(payload, encoding, next_position, next_rows, digest, sketched, drawn)
+            write(result)
+            return result
 
         try:
             return await self.compute.step(
@@ -255,8 +283,10 @@ class ShardRuntime:
                 session,
                 position=position,
                 rows=rows,
-                prepare=lambda: decode_input(executor, data, rows),
+                prepare=prepare,
                 finish=finish,
+                deliver=deliver,
+                logit_rows=range(rows) if head and position else None,
             )
         except ActivationError as error:
             raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_TENSOR, str(error)) from error
@@ -266,21 +296,21 @@ class ShardRuntime:
     async def reexecute(
         self,
         executor: ShardExecutor,
-        inputs: Iterable[tuple[bytes, int]],
+        inputs: Iterable[tuple[bytes, int, int]],
         chunk_rows: int,
         take: Callable[[Rows], None],
     ) -> None:
-        """Teacher-forced pass over (bytes, rows) of each step in order; `take` gets each step's output rows in the
-        compute thread.
+        """Teacher-forced pass over (bytes, position, rows) of each step in order; `take` gets what was sketched of each
+        step's output (`StepOutput`) in the compute thread.
 
         Refusal if the bytes are not what the stage takes. Runs in pieces of `chunk_rows` rows between other work.
         """
 
         def begin() -> Iterator[Any]:
-            steps, position = [], 0
-            for data, rows in inputs:
-                steps.append(StepInput(position, decode_input(executor, data, rows)))
-                position += rows
+            steps = [
+                StepInput(position, decode_input(executor, data, rows), rows if position else 1)
+                for data, position, rows in inputs
+            ]
             return iterate_reexecution(executor, steps, chunk_rows=chunk_rows)
 
         def advance(outputs: Iterator[Any]) -> bool:
@@ -352,11 +382,17 @@ def encoding_of_input(manifest: ModelManifest, first_unit: int, rows: int, size:
     """The encoding in which the input of `rows` rows takes `size` bytes; ActivationError if there is none. No two take
     the same, so that a stage cannot show the bytes of its input as another encoding than it received.
     """
-    sizes = {input_bytes(manifest, first_unit, rows, item): item for item in input_encodings(manifest, first_unit)}
+    sizes = _sizes(input_encodings(manifest, first_unit), rows, manifest.row_width(first_unit))
     try:
         return sizes[size]
     except KeyError:
         raise ActivationError(f"{size} bytes received, {rows} rows take {' or '.join(map(str, sizes))}") from None
+
+
+@lru_cache(maxsize=1024)
+def _sizes(encodings: tuple[TensorEncoding, ...], rows: int, width: int) -> Mapping[int, TensorEncoding]:
+    """The encodings by the bytes that rows of `width` values take in them."""
+    return {encoded_size(item, (rows, width)): item for item in encodings}
 
 
 def decode_input(executor: ShardExecutor, data: bytes, rows: int) -> Any:

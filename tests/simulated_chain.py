@@ -204,10 +204,10 @@ class SimulatedChain:
             and all(event.arguments[key] == value for key, value in (filters or {}).items())
         )
 
-    async def call(self, contract: str, function: str, *arguments: Any, block: int | None = None) -> Any:
+    async def call(self, contract: str, function: str, *arguments: Any, block: int | bytes | None = None) -> Any:
         raise NotImplementedError(f"the simulated chain has no view {contract}.{function}")
 
-    async def balance(self, account: str) -> int:
+    async def balance(self, account: str, *, block: bytes | None = None) -> int:
         self._fault()
         return 10**24
 

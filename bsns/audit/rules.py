@@ -21,6 +21,7 @@ from bsns.protocol.plan import ShardPlan
 from bsns.protocol.record import (
     NO_STAGE,
     Member,
+    RecordedEvidence,
     RecordedReveal,
     Round,
     Slash,
@@ -113,8 +114,8 @@ def _evidence(record: VerificationRecord) -> Problems:
     by_stage = {item.stage: item for item in record.commitments}
     for item in record.evidence:
         where = f"evidence of stage {item.stage}"
-        root = StageEvidence(tuple(step.evidence_step() for step in item.steps)).root
-        if root != item.evidence_root:
+        shown = _stage_evidence(item)
+        if shown.root != item.evidence_root:
             yield f"{where}: evidence_root is not the root over its steps"
         executor = by_stage.get(item.stage)
         if executor is None:
@@ -131,10 +132,12 @@ def _evidence(record: VerificationRecord) -> Problems:
         )
         if opened != executor.commitment:
             yield f"{where} does not open the executor's commitment"
-        if item.output_tokens != len(item.steps):
-            yield f"{where}: {len(item.steps)} steps for {item.output_tokens} output tokens"
-        if item.steps[0].rows != record.request.prompt_tokens or any(step.rows != 1 for step in item.steps[1:]):
-            yield f"{where}: rows are not those of a prompt followed by single tokens"
+        try:
+            commitments.kept_rows(
+                shown, record.request.prompt_tokens, item.output_tokens, record.request.maximum_tokens
+            )
+        except identifiers.ProtocolError as error:
+            yield f"{where}: {error}"
 
 
 def _ring(record: VerificationRecord) -> Problems:
@@ -149,10 +152,12 @@ def _ring(record: VerificationRecord) -> Problems:
             for left, right in zip(item.steps, follower.steps):
                 if left.output_digest != right.input_digest:
                     yield f"step {left.step}: output of stage {stage} is not the input of stage {stage + 1}"
+                if (left.position, left.rows) != (right.position, right.rows):
+                    yield f"step {left.step}: stages {stage} and {stage + 1} computed different rows"
     if last in shown and 0 in shown:
         for left, right in zip(shown[last].steps, shown[0].steps[1:]):
             if left.output_digest != right.input_digest:
-                yield f"step {left.step}: the token of the last stage is not the next input of stage 0"
+                yield f"step {left.step}: the output of the last stage is not the next input of stage 0"
     if record.input is not None and 0 in shown and shown[0].steps[0].input_digest != record.input.prompt_digest:
         yield "the first input of stage 0 is not the prompt of the request"
 
@@ -164,12 +169,30 @@ def _tokens(record: VerificationRecord) -> Problems:
         yield "tokens.prompt is not the prompt of the request"
     if len(record.tokens.prompt) != record.input.prompt_tokens:
         yield "tokens.prompt has another length than the prompt of the request"
-    steps = record.evidence[-1].steps
-    if len(record.tokens.answer) != len(steps):
-        yield f"tokens.answer has {len(record.tokens.answer)} tokens, the last stage made {len(steps)}"
-    for token, step in zip(record.tokens.answer, steps):
-        if content_digest(token_bytes([token])) != step.output_digest:
-            yield f"tokens.answer[{step.step}] is not the token of the last stage"
+    last = record.evidence[-1]
+    answer, drafts = record.tokens.answer, record.tokens.drafts
+    if len(answer) != last.output_tokens:
+        yield f"tokens.answer has {len(answer)} tokens, the last stage drew {last.output_tokens}"
+    if len(drafts) != len(last.steps):
+        yield f"tokens.drafts has entries for {len(drafts)} steps, the last stage made {len(last.steps)}"
+    drawn = 0
+    before: tuple[int, ...] = ()
+    kept = commitments.kept_rows(
+        _stage_evidence(last), len(record.tokens.prompt), last.output_tokens, record.request.maximum_tokens
+    )
+    for step, count, following in zip(last.steps, kept, drafts):
+        # Of the prompt only the last row gives a token.
+        tokens = answer[drawn : drawn + (count if step.step else 1)]
+        if tokens[:-1] != before[: len(tokens) - 1]:
+            yield f"tokens.answer takes tokens of step {step.step} that were not drafted"
+        handed_on = token_bytes((tokens[-1], *following))
+        if commitments.step_digest(handed_on, step.position + count, 1 + len(following)) != step.output_digest:
+            yield f"tokens.answer[{drawn + len(tokens) - 1}] or its drafts are not what the last stage handed on"
+        drawn, before = drawn + len(tokens), following
+
+
+def _stage_evidence(item: RecordedEvidence) -> StageEvidence:
+    return StageEvidence(tuple(step.evidence_step() for step in item.steps))
 
 
 def _reveals(record: VerificationRecord) -> Problems:

@@ -16,12 +16,18 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import aiohttp
 from eth_abi.abi import decode
+from eth_abi.codec import ABICodec
+from eth_abi.decoding import StringDecoder
+from eth_abi.encoding import TextStringEncoder
 from eth_abi.exceptions import DecodingError
+from eth_abi.registry import BaseEquals
 from eth_account import Account
-from eth_utils.abi import event_abi_to_log_topic, function_abi_to_4byte_selector
+from eth_utils.abi import abi_to_signature, event_abi_to_log_topic, function_abi_to_4byte_selector
 from hexbytes import HexBytes
 from web3 import AsyncHTTPProvider, AsyncWeb3
+from web3._utils.abi import build_strict_registry
 from web3._utils.events import get_event_data
+from web3.contract.utils import async_call_contract_function
 from web3.exceptions import (
     BlockNotFound,
     ContractCustomError,
@@ -31,12 +37,13 @@ from web3.exceptions import (
     Web3Exception,
     Web3RPCError,
 )
-from web3.types import TxParams
+from web3.types import RPCEndpoint, TxParams
 
 from bsns.chain.artifacts import CONTRACT_NAMES, contract_artifact
 from bsns.chain.errors import (
     ChainUnavailableError,
     ContractError,
+    EndpointRefusedError,
     InsufficientFundsError,
     TransactionFailedError,
     TransactionTimeoutError,
@@ -128,11 +135,15 @@ class ChainClient(Protocol):
         """Events in blocks [first, last], narrowed to a contract, an event and values of its indexed parameters."""
         ...
 
-    async def call(self, contract: str, function: str, *arguments: Any, block: int | None = None) -> Any:
-        """Result of a view; ContractError if it reverts."""
+    async def call(self, contract: str, function: str, *arguments: Any, block: int | bytes | None = None) -> Any:
+        """Result of a view, of the newest state or as of `block`: a number, or a hash, which no other fork can answer
+        for. ContractError if it reverts.
+        """
         ...
 
-    async def balance(self, account: str) -> int: ...
+    async def balance(self, account: str, *, block: bytes | None = None) -> int:
+        """Wei of an account, now or as of the block with that hash."""
+        ...
 
     async def transaction_count(self, account: str, *, pending: bool = True) -> int: ...
 
@@ -245,13 +256,17 @@ class Web3ChainClient:
             found += self._decode(await _guarded(self._web3.eth.get_logs(query)))  # type: ignore[arg-type]
         return tuple(found)
 
-    async def call(self, contract: str, function: str, *arguments: Any, block: int | None = None) -> Any:
+    async def call(self, contract: str, function: str, *arguments: Any, block: int | bytes | None = None) -> Any:
         bound = self._contracts[contract].functions[function](*arguments)
+        if isinstance(block, bytes):
+            return _plain(await _guarded(_call_at(self._web3, bound, block)))
         if block is not None:
             return _plain(await _guarded(bound.call(block_identifier=block)))
         return _plain(await _latest(lambda: bound.call(block_identifier="latest")))
 
-    async def balance(self, account: str) -> int:
+    async def balance(self, account: str, *, block: bytes | None = None) -> int:
+        if block is not None:
+            return await _guarded(_balance_at(self._web3, _checked(account), block))  # type: ignore[no-any-return]
         return int(await _latest(lambda: self._web3.eth.get_balance(_checked(account))))
 
     async def transaction_count(self, account: str, *, pending: bool = True) -> int:
@@ -307,7 +322,7 @@ class Web3ChainClient:
                     f"{contract} at {log['address']} emitted an event this version does not know: "
                     "the deployment is of another version of the contracts"
                 )
-            decoded = get_event_data(self._web3.codec, abi, log)
+            decoded = get_event_data(_event_codec(), abi, log)
             events.append(
                 ChainEvent(
                     contract,
@@ -404,6 +419,37 @@ async def _broadcast(connection: AsyncWeb3[Any], raw: bytes) -> bytes:
         raise InsufficientFundsError(Account.recover_transaction(HexBytes(raw)), error.detail) from error
 
 
+def _by_hash(block_hash: bytes) -> Any:
+    """A block as EIP-1898 names it: refused, rather than answered from another fork, if it is not canonical."""
+    return {"blockHash": f"0x{block_hash.hex()}", "requireCanonical": True}
+
+
+async def _call_at(connection: AsyncWeb3[Any], bound: Any, block_hash: bytes) -> Any:
+    """`bound.call` as of a hash, which web3 itself would look up and replace by its number."""
+    return await async_call_contract_function(
+        connection,
+        bound.address,
+        bound._return_data_normalizers,
+        abi_to_signature(bound.abi),
+        {},
+        _by_hash(block_hash),
+        bound.contract_abi,
+        bound.abi,
+        None,
+        None,
+        bound.decode_tuples,
+        *bound.args,
+    )
+
+
+async def _balance_at(connection: AsyncWeb3[Any], account: str, block_hash: bytes) -> int:
+    """Past web3's own methods, which cannot carry a block by hash."""
+    answer: Any = await connection.provider.make_request(RPCEndpoint("eth_getBalance"), [account, _by_hash(block_hash)])
+    if "error" in answer:
+        raise Web3RPCError(str(answer["error"]), rpc_response=answer)
+    return int(answer["result"], 16)
+
+
 async def _latest(read: Callable[[], Awaitable[Any]]) -> Any:
     """A read of the newest state, begun again when the endpoint pruned that state under it."""
     for attempt in range(1, LATEST_ATTEMPTS + 1):
@@ -434,7 +480,7 @@ async def _guarded(awaitable: Any) -> Any:
         reason = str(details.get("message") or error)
         if any(sign in reason.lower() for sign in _INSUFFICIENT_FUNDS):
             raise InsufficientFundsError(None, reason) from error
-        raise ChainUnavailableError(f"the RPC endpoint refused: {reason}") from error
+        raise EndpointRefusedError(f"the RPC endpoint refused: {reason}") from error
     except (aiohttp.ClientError, TimeoutError, OSError, Web3Exception, ValueError) as error:
         raise ChainUnavailableError(
             f"no answer from the RPC endpoint ({_transport_reason(error)}); check that it runs and is reachable"
@@ -475,6 +521,24 @@ def _plain(value: Any) -> Any:
 def _event_abis(contract: str) -> dict[bytes, Any]:
     abi = contract_artifact(contract).abi
     return {bytes(event_abi_to_log_topic(item)): item for item in abi if item["type"] == "event"}  # type: ignore[arg-type]
+
+
+class _AnyString(StringDecoder):
+    """A string as anybody may emit it: the contracts do not check that it is UTF-8, and one bad name must not make the
+    logs of everybody unreadable. Bytes that are not UTF-8 become escapes.
+    """
+
+    def decode(self, stream: Any) -> str:
+        data, _padding = self.split_data_and_padding(self.read_data_from_stream(stream))  # type: ignore[no-untyped-call]
+        return bytes(data).decode(errors="backslashreplace")
+
+
+@lru_cache(maxsize=1)
+def _event_codec() -> ABICodec:
+    registry = build_strict_registry()
+    registry.unregister("string")
+    registry.register(BaseEquals("string"), TextStringEncoder, _AnyString, label="string")  # type: ignore[no-untyped-call]
+    return ABICodec(registry)
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 ChainError
 ├── ChainUnavailableError     no answer, or not a usable one: retry later
+│   ├── EndpointRefusedError    it answered, with an error of its own: too much asked, pruned, overloaded
 │   └── InsufficientFundsError  the sending account cannot pay: fund it, then retry
 ├── WrongChainError           the endpoint is on another chain than the deployment: fix the settings
 ├── UnknownBlockError         a block that is not canonical any more: walk back
@@ -22,6 +23,10 @@ class ChainError(Exception):
 
 class ChainUnavailableError(ChainError):
     """The RPC endpoint did not answer, answered too late, or with an error of its own."""
+
+
+class EndpointRefusedError(ChainUnavailableError):
+    """The RPC endpoint answered a question with an error of its own, not the contracts' one."""
 
 
 class InsufficientFundsError(ChainUnavailableError):

@@ -53,11 +53,11 @@ class PatientChainClient:
             lambda: self.client.events_between(first, last, contract=contract, name=name, filters=filters)
         )
 
-    async def call(self, contract: str, function: str, *arguments: Any, block: int | None = None) -> Any:
+    async def call(self, contract: str, function: str, *arguments: Any, block: int | bytes | None = None) -> Any:
         return await self._patiently(lambda: self.client.call(contract, function, *arguments, block=block))
 
-    async def balance(self, account: str) -> int:
-        return await self._patiently(lambda: self.client.balance(account))
+    async def balance(self, account: str, *, block: bytes | None = None) -> int:
+        return await self._patiently(lambda: self.client.balance(account, block=block))
 
     async def transaction_count(self, account: str, *, pending: bool = True) -> int:
         return await self._patiently(lambda: self.client.transaction_count(account, pending=pending))

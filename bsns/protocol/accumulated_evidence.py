@@ -15,8 +15,9 @@ judged stage from the medoid that decided it
 with r the honest radius and τ = 2r of its execution class (`bsns.protocol.sketch.TOLERANCES`). What makes both safe: r
 is meant to bound every honest distance, and the largest that `make bench-verification` and `make bench-sketch` measured
 are r/6 (float32, int8) and 3r/8 (bfloat16), in more than 10,000 comparisons of which none exceeded r (95 % upper bound
-3 · 10⁻⁴). Distances need not be independent nor alike, only bounded in this way given the past. What would break it is
-a kind of honest execution whose distances nobody measured: the alarm then says that the class needs another radius.
+3 · 10⁻⁴). Distances need not be independent nor alike, only bounded in this way given the past. What would break it: a
+kind of honest execution whose distances nobody measured (the alarm then says that the class needs another radius), and
+a medoid that a captured committee decided.
 
 **The test** is a bet against the null (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by
 betting", 2024; Shafer and Vovk 2019). For X in [0, 1] with E[X | past] ≤ m, a gambler who stakes the share b of its

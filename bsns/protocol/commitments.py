@@ -22,9 +22,14 @@ STAGE_COMMITMENT_TYPEHASH = keccak256(
     b"StageCommitment(bytes32 requestId,uint8 round,uint16 stage,address node,"
     b"bytes32 evidenceRoot,bytes32 sealedSketch,uint32 outputTokens)"
 )
+MAXIMUM_SHOWN_PROMPT = 16_384
+"""Tokens of the longest prompt that is shown to the last stage, which keeps it and an index of it in memory."""
 FINGERPRINT_LENGTH = 8
+TOKEN_BYTES = 4
 BASIS_POINTS = 10_000
 MAXIMUM_ROUNDS = 3
+MAXIMUM_DRAFTS = 16
+"""Tokens that the last stage may draft to follow a token it drew; a step behind the prompt has one row more at most."""
 _UINT256_MAX = 2**256 - 1
 _EVIDENCE_STEP_ABI = "(uint32,uint32,uint32,bytes32,bytes32,bytes32,bytes32,bytes8)"
 
@@ -37,6 +42,26 @@ def content_digest(data: bytes | memoryview) -> bytes:
 def token_bytes(token_ids: Sequence[int]) -> bytes:
     """Token ids as they travel and are hashed: int32 little-endian."""
     return b"".join(token.to_bytes(4, "little") for token in token_ids)
+
+
+def token_ids(data: bytes) -> tuple[int, ...]:
+    """The inverse of `token_bytes`; ProtocolError for bytes that are no whole number of tokens."""
+    if len(data) % TOKEN_BYTES:
+        raise ProtocolError(f"{len(data)} bytes are no token ids of {TOKEN_BYTES} bytes each")
+    return tuple(int.from_bytes(data[at : at + TOKEN_BYTES], "little") for at in range(0, len(data), TOKEN_BYTES))
+
+
+def step_digest(data: bytes | memoryview, position: int, rows: int) -> bytes:
+    """What both ends of a hop sign for: SHA-256 of the bytes of a step, behind the prompt followed by its position and
+    number of rows (uint32 little-endian).
+
+    The position says how many rows of the step before are kept. Were it not signed for, a stage could compute at other
+    positions than it was told, and nobody could say who lied.
+    """
+    digest = hashlib.sha256(data)
+    if position:
+        digest.update(position.to_bytes(4, "little") + rows.to_bytes(4, "little"))
+    return digest.digest()
 
 
 def input_commitment(prompt_digest: bytes, prompt_tokens: int, sampling_digest: bytes, salt: bytes) -> bytes:
@@ -95,8 +120,8 @@ class EvidenceStep:
 
 @dataclass(frozen=True)
 class StageEvidence:
-    """All steps of one stage of one request. Promises that steps are numbered from 0, positions contiguous and both
-    chains right.
+    """All steps of one stage of one request. Promises that steps are numbered from 0, that the first is at position 0,
+    that each later one keeps at least one row of the step before it and leaves no gap, and that both chains are right.
     """
 
     steps: tuple[EvidenceStep, ...]
@@ -104,18 +129,18 @@ class StageEvidence:
     def __post_init__(self) -> None:
         if not self.steps:
             raise ProtocolError("evidence needs at least one step")
-        position, inputs, outputs = 0, ZERO_HASH, ZERO_HASH
+        least, most, inputs, outputs = 0, 0, ZERO_HASH, ZERO_HASH
         for number, step in enumerate(self.steps):
             if step.step != number:
                 raise ProtocolError(f"evidence step {number} is numbered {step.step}")
-            if step.rows <= 0 or step.position != position:
-                raise ProtocolError(f"evidence step {number} has position {step.position}, expected {position}")
+            if step.rows <= 0 or not least <= step.position <= most:
+                raise ProtocolError(f"evidence step {number} has position {step.position}, expected {least} to {most}")
             if len(step.fingerprint) != FINGERPRINT_LENGTH:
                 raise ProtocolError(f"evidence step {number}: a fingerprint has {FINGERPRINT_LENGTH} bytes")
             inputs, outputs = extend_chain(inputs, step.input_digest), extend_chain(outputs, step.output_digest)
             if (step.input_chain, step.output_chain) != (inputs, outputs):
                 raise ProtocolError(f"evidence step {number}: its chain does not follow from the digests before it")
-            position += step.rows
+            least, most = step.position + 1, step.position + step.rows
 
     @cached_property
     def tree(self) -> MerkleTree:
@@ -140,12 +165,16 @@ class EvidenceBuilder:
     def steps(self) -> tuple[EvidenceStep, ...]:
         return tuple(self._steps)
 
-    def add(self, rows: int, input_digest: bytes, output_digest: bytes, fingerprint: bytes) -> EvidenceStep:
-        """Append the next step; returns the leaf with its position and chains filled in."""
+    def add(
+        self, rows: int, input_digest: bytes, output_digest: bytes, fingerprint: bytes, *, position: int | None = None
+    ) -> EvidenceStep:
+        """Append the next step, by default behind all rows of the last; returns the leaf with its chains filled in."""
         last = self._steps[-1] if self._steps else None
+        if position is None:
+            position = last.position + last.rows if last else 0
         step = EvidenceStep(
             step=len(self._steps),
-            position=last.position + last.rows if last else 0,
+            position=position,
             rows=rows,
             input_digest=input_digest,
             output_digest=output_digest,
@@ -159,6 +188,30 @@ class EvidenceBuilder:
     def finish(self) -> StageEvidence:
         """The evidence of all steps so far; ProtocolError if there is none."""
         return StageEvidence(tuple(self._steps))
+
+
+def kept_rows(evidence: StageEvidence, prompt_tokens: int, output_tokens: int, maximum_tokens: int) -> tuple[int, ...]:
+    """How many rows of each step the answer keeps: all of the prompt, and of a later step one for each token that was
+    drawn from it.
+
+    ProtocolError unless the steps are those of an answer of `output_tokens` tokens, of at most `maximum_tokens`: the
+    prompt, then steps of one token and its drafts, no row behind the last position that such an answer has.
+    """
+    steps = evidence.steps
+    if not len(steps) <= output_tokens <= maximum_tokens:
+        raise ProtocolError(f"{len(steps)} steps for {output_tokens} answer tokens, of which {maximum_tokens} are paid")
+    if steps[0].rows != prompt_tokens:
+        raise ProtocolError(f"step 0 has {steps[0].rows} rows, the prompt {prompt_tokens}")
+    ends = [step.position for step in steps[1:]] + [prompt_tokens + output_tokens - 1]
+    kept = tuple(end - step.position for step, end in zip(steps, ends, strict=True))
+    for step, count in zip(steps, kept, strict=True):
+        if not 1 <= count <= step.rows or (step.step == 0 and count != prompt_tokens):
+            raise ProtocolError(f"{count} of the {step.rows} rows of step {step.step} are kept")
+        if step.step and step.rows > 1 + MAXIMUM_DRAFTS:
+            raise ProtocolError(f"step {step.step} has {step.rows} rows, at most {1 + MAXIMUM_DRAFTS} are allowed")
+        if step.position + step.rows > prompt_tokens + maximum_tokens - 1:
+            raise ProtocolError(f"step {step.step} has rows behind the {maximum_tokens} tokens that are paid")
+    return kept
 
 
 def sealed_sketch(sketch: bytes, salt: bytes) -> bytes:

@@ -27,7 +27,7 @@ from bsns.protocol.commitments import FINGERPRINT_LENGTH, EvidenceStep
 from bsns.protocol.identifiers import ProtocolError, address
 from bsns.protocol.plan import Assignment
 
-RECORD_FORMAT: Final = 1
+RECORD_FORMAT: Final = 2
 # A record is sent around between strangers; one of 32 stages and 4,096 steps has about 60 MB.
 MAXIMUM_RECORD_BYTES: Final = 128 * 1024 * 1024
 NO_STAGE: Final = 2**16 - 1
@@ -198,10 +198,13 @@ class RecordedInput:
 
 @dataclass(frozen=True, slots=True)
 class RecordedTokens:
-    """Token ids of prompt and answer, if the requester shows them."""
+    """Token ids of prompt and answer, if the requester shows them. `drafts` has for each step the tokens that the last
+    stage drafted to follow those it gave: the digests of its outputs cover them.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    drafts: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Promises that a draw depends on nothing but logits, parameters and step number. 
 
 import hashlib
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -95,6 +96,29 @@ def draw(logits: FloatRow, parameters: SamplingParameters, step: int) -> int:
     kept = min(kept, order.size)
     target = uniform(parameters.seed, step) * cumulative[kept - 1]
     return int(order[min(int(np.searchsorted(cumulative[:kept], target, side="right")), kept - 1)])
+
+
+def draw_accepted(
+    logits: FloatRow,
+    parameters: SamplingParameters,
+    first: int,
+    drafts: Sequence[int],
+    end_tokens: Collection[int] = (),
+) -> tuple[int, ...]:
+    """The answer's tokens from number `first` on that one pass over a token and the `drafts` behind it gives.
+
+    `logits` is float32 [1 + drafts, vocabulary]. Row i is drawn from as long as each draw before it was the draft from
+    which its row was computed, so the tokens are those of drawing one at a time from the same logits, greedy or not.
+    Ends with an end token and with the last token of `parameters`. Raises `SamplingError` as `draw` does.
+    """
+    if logits.ndim != 2 or len(logits) != 1 + len(drafts):
+        raise SamplingError(f"logits have shape {logits.shape}, expected a row for a token and {len(drafts)} drafts")
+    tokens: list[int] = []
+    for row, draft in zip(logits[: parameters.maximum_tokens - first], (*drafts, None)):
+        tokens.append(draw(row, parameters, first + len(tokens)))
+        if tokens[-1] != draft or draft in end_tokens:
+            break
+    return tuple(tokens)
 
 
 def is_consistent_draw(

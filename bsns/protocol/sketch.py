@@ -69,9 +69,9 @@ class SketchTolerance:
         return 4 * self.honest_radius
 
 
-# Measured by benchmarks/sketch_separation.py on one machine, 3 stages (field-notes §2.4: r must be measured for each
-# class). Distances are from token-by-token decoding by itself; r leaves room for processors that were not at hand. The
-# prompts that chose units and radii also measured them.
+# Measured by benchmarks/sketch_separation.py (on a GPU: benchmarks/cuda.py) on one machine, 3 stages (field-notes §2.4:
+# r must be measured for each class). Distances are from token-by-token decoding by itself; r leaves room for processors
+# that were not at hand. The prompts that chose units and radii also measured them.
 TOLERANCES: Final[dict[str, SketchTolerance]] = {
     # 5 prompts. Largest honest distance: 9 for sketches, 10 for fingerprints, 6.4e-5 for a logit; smallest of a cheat:
     # 921 (one block with bfloat16 weights) and 233 (fp16 products; the next is 358).
@@ -86,6 +86,14 @@ TOLERANCES: Final[dict[str, SketchTolerance]] = {
     # leaves a decoding step's bits alone. Largest honest distance 10, fingerprint 14, logit 1.4e-4; smallest of a
     # cheat 1338 and 259.
     "torch-cpu/int8/sdpa": SketchTolerance(unit=2e-5, honest_radius=64, fingerprint_radius=32),
+    # On one GPU (H200, torch 2.11), 5 and 3 prompts, by benchmarks/cuda.py: one pass, pieces, batches of 1 to 201
+    # sessions, recorded or not, with our attention and torch's two. The noise is that of the CPU, so the values are: in
+    # float32 at most 10 and 13 and 6.5e-5 of a logit (smallest of a cheat: 811, TF32 products, and 301, fp16 products);
+    # in bfloat16 25, 36 and 0.5. Another generation of GPUs chooses other kernels and was not measured.
+    "torch-cuda/float32/sdpa": SketchTolerance(unit=1e-5, honest_radius=64, fingerprint_radius=48),
+    "torch-cuda/bfloat16/sdpa": SketchTolerance(
+        unit=2e-2, honest_radius=64, fingerprint_radius=96, logit_tolerance=1.0
+    ),
     # Captured models, which hand on one row: EfficientNet-Lite0 on 8 pictures, single units to the whole model. Largest
     # honest distance (threads, oneDNN on and off, SSE instead of AVX): 18 and 21; smallest of a cheat with bfloat16 or
     # 8-bit weights, or bfloat16 arithmetic: 1402 and 612. One row averages nothing: a unit as wide as that of decoders

@@ -2,7 +2,8 @@
 it, ask for evidence.
 
 Promises that every token it yields came in order, and that at the end the last stage has signed for exactly those
-tokens, or it raises. Says which stage refused and why. Does not touch the chain and does not decode text.
+tokens and the drafts between them, or it raises. Says which stage refused and why. Does not touch the chain and does
+not decode text.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import structlog
 from bsns.chain.signer import Signer
 from bsns.protocol import typed_data
 from bsns.protocol.commitments import (
+    MAXIMUM_DRAFTS,
+    MAXIMUM_SHOWN_PROMPT,
     EvidenceStep,
     StageEvidence,
-    content_digest,
     extend_chain,
     input_commitment,
+    kept_rows,
     stage_commitment,
+    step_digest,
     token_bytes,
 )
 from bsns.protocol.identifiers import ZERO_HASH, ProtocolError
@@ -81,7 +85,8 @@ class SessionDomains:
 
 class ExecutionSession:
     """A session of `entry` over `route` (one endpoint per stage). Use as `async with`; `deadline` ends its
-    token, `query_deadline` its evidence queries (Unix seconds).
+    token, `query_deadline` its evidence queries (Unix seconds). With `share_prompt` the last stage is shown a prompt of
+    token ids too, unless it is longer than `MAXIMUM_SHOWN_PROMPT`: it drafts from it.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class ExecutionSession:
         limits: SessionLimits,
         deadline: int,
         query_deadline: int,
+        share_prompt: bool = True,
     ) -> None:
         self._entry = entry
         self._route = tuple(route)
@@ -101,9 +107,13 @@ class ExecutionSession:
         self._limits = limits
         self._deadline = deadline
         self._query_deadline = query_deadline
+        self._share_prompt = share_prompt
         self._channels: list[grpc.aio.Channel] = []
         self._stubs: list[execution_pb2_grpc.ShardExecutionAsyncStub] = []
         self._received: list[int] = []
+        self._drafts: list[tuple[int, ...]] = []
+        self._outputs: list[execution_pb2.StepOutput] = []
+        self._chain = ZERO_HASH
         self._finish_reason = ""
         self._closing = False
 
@@ -111,6 +121,11 @@ class ExecutionSession:
     def tokens(self) -> tuple[int, ...]:
         """All tokens received so far."""
         return tuple(self._received)
+
+    @property
+    def drafts(self) -> tuple[tuple[int, ...], ...]:
+        """For each step the tokens that the last stage drafted to follow those it gave."""
+        return tuple(self._drafts)
 
     @property
     def finish_reason(self) -> str:
@@ -140,13 +155,17 @@ class ExecutionSession:
 
     async def open(self) -> None:
         """Open the session at all stages at once; SessionError of the first stage that refuses."""
-        opening = self._input_opening()
+        opening, given = self._input_opening(), self._entry.input
         token = self._session_token()
+        last = len(self._route) - 1
+        is_shown = self._share_prompt and bool(given.tokens) and given.rows <= MAXIMUM_SHOWN_PROMPT
+        shown = given.data if is_shown else b""
 
         async def open_at(stage: int) -> SessionError | None:
             request = execution_pb2.OpenSessionRequest(
-                request_id=self._entry.request_id, stage=stage, token=token, input=opening
-            )
+                request_id=self._entry.request_id, stage=stage, token=token, input=opening,
+                prompt=shown if stage == last else b"",
+            )  # fmt: skip
             try:
                 await self._stubs[stage].OpenSession(request, timeout=self._limits.open_session_s, wait_for_ready=True)
             except grpc.aio.AioRpcError as error:
@@ -182,9 +201,9 @@ class ExecutionSession:
                 if not isinstance(response, execution_pb2.ForwardResponse):
                     raise SessionError("the stream ended without an end of session", 0)
                 match response.WhichOneof("body"):
-                    case "token":
-                        if self._take_token(response.token):
-                            yield response.token.token_id
+                    case "output":
+                        for token in self._take_output(response.output):
+                            yield token
                     case "ended":
                         self._check_end(response.ended)
                         return
@@ -250,8 +269,11 @@ class ExecutionSession:
             raise self._refused(stage, error) from error
         if header is None:
             raise SessionError("sent no evidence", stage)
+        given = self._entry.input.rows, header.output_tokens, self._entry.sampling.maximum_tokens
         try:
-            root = StageEvidence(tuple(steps)).root
+            shown = StageEvidence(tuple(steps))
+            kept_rows(shown, *given)
+            root = shown.root
         except ProtocolError as error:
             raise SessionError(f"its evidence is not consistent: {error}", stage, invalid=True) from error
         opened = stage_commitment(
@@ -261,18 +283,32 @@ class ExecutionSession:
             raise SessionError("its evidence does not open its commitment on chain", stage, invalid=True)
         return StageEvidenceHeader(stage, root, bytes(header.sealed_sketch), header.output_tokens, tuple(steps))
 
-    def _take_token(self, token: execution_pb2.OutputToken) -> bool:
-        """Whether the token is new; repeated steps are allowed if they say the same."""
-        if token.step < len(self._received):
-            if self._received[token.step] != token.token_id:
-                raise SessionError(f"two different tokens for step {token.step}", 0, invalid=True)
-            return False
-        if token.step != len(self._received):
-            raise SessionError(f"token {token.step} came where {len(self._received)} was due", 0, invalid=True)
-        if len(self._received) >= self._entry.sampling.maximum_tokens:
+    def _take_output(self, output: execution_pb2.StepOutput) -> tuple[int, ...]:
+        """The tokens by which the answer grows; none for a repeated step, which is allowed if it says the same."""
+        if output.step < len(self._outputs):
+            if self._outputs[output.step] != output:
+                raise SessionError(f"two different outputs of step {output.step}", 0, invalid=True)
+            return ()
+        if output.step != len(self._outputs):
+            raise SessionError(f"step {output.step} came where {len(self._outputs)} was due", 0, invalid=True)
+        before = self._drafts[-1] if self._drafts else ()
+        given = tuple(output.token_ids)
+        if not 1 <= len(given) <= 1 + MAXIMUM_DRAFTS or output.accepted > len(before):
+            raise SessionError(
+                f"step {output.step} gave {len(given)} token ids and accepts {output.accepted} of {len(before)} drafts",
+                0,
+                invalid=True,
+            )
+        tokens = (*before[: output.accepted], given[0])
+        if len(self._received) + len(tokens) > self._entry.sampling.maximum_tokens:
             raise SessionError(f"more than the {self._entry.sampling.maximum_tokens} tokens paid for", 0, invalid=True)
-        self._received.append(token.token_id)
-        return True
+        self._received += tokens
+        self._drafts.append(given[1:])
+        self._outputs.append(output)
+        # As the last stage handed them to stage 0: rows behind what the answer keeps.
+        position = self._entry.input.rows + len(self._received) - 1
+        self._chain = extend_chain(self._chain, step_digest(token_bytes(given), position, len(given)))
+        return tokens
 
     def _check_end(self, ended: execution_pb2.SessionEnded) -> None:
         reason = FINISH_REASONS.get(ended.finish_reason)
@@ -291,13 +327,15 @@ class ExecutionSession:
             raise SessionError(
                 "the statement over the tokens is not signed by the last stage's node", last, invalid=True
             )
-        # After our own CloseSession the ring may have drawn tokens that we did not wait for; they are charged and in
-        # the evidence.
-        if signed != ended.steps or (signed != len(self._received) and reason != "cancelled"):
+        arrived = len(self._outputs), len(self._received)
+        if (signed, ended.tokens) != arrived or signed != ended.steps:
             raise SessionError(
-                f"the last stage signed for {signed} tokens, {len(self._received)} arrived", last, invalid=True
+                f"the last stage signed for {signed} steps and the session ended with {ended.tokens} tokens of "
+                f"{ended.steps}; {arrived[1]} tokens of {arrived[0]} steps arrived",
+                last,
+                invalid=True,
             )
-        if signed <= len(self._received) and _token_chain(self._received[:signed]) != statement.chain:
+        if statement.chain != self._chain:
             raise SessionError("the tokens that arrived are not those that the last stage signed", 0, invalid=True)
         self._finish_reason = reason
 
@@ -359,14 +397,6 @@ class ExecutionSession:
 def entry_commitment(entry: JournalEntry) -> bytes:
     """The input commitment of a journal entry."""
     return input_commitment(entry.input.digest, entry.input.rows, entry.sampling.digest(), entry.salt)
-
-
-def _token_chain(tokens: Sequence[int]) -> bytes:
-    """Chain of hand-over digests over tokens as the last stage sent them."""
-    chain = ZERO_HASH
-    for token in tokens:
-        chain = extend_chain(chain, content_digest(token_bytes([token])))
-    return chain
 
 
 def _evidence_step(step: execution_pb2.EvidenceStep) -> EvidenceStep:

@@ -21,8 +21,10 @@ from bsns.protocol.sampling import SamplingError, SamplingParameters
 from bsns.requester.errors import JournalError
 from bsns.requester.request_input import RequestInput
 
-JOURNAL_FORMAT: Final = 2
-# Written before inputs could be anything but token ids; a request paid then can still be taken up.
+JOURNAL_FORMAT: Final = 3
+# Written before answers had drafts, and before inputs could be anything but token ids; a request paid then can still be
+# taken up.
+_DRAFTLESS_FORMAT: Final = 2
 _TOKENS_ONLY_FORMAT: Final = 1
 MAXIMUM_ENTRIES_LISTED: Final = 10_000
 
@@ -61,6 +63,8 @@ class JournalEntry:
     created_at: int
     stage: Stage = "prepared"
     answer: tuple[int, ...] = ()
+    drafts: tuple[tuple[int, ...], ...] = ()
+    """For each step what the last stage drafted to follow the tokens it gave: its digests cover them."""
     text: str = ""
     finish_reason: str = ""
     evidence: tuple[StageEvidenceHeader, ...] = ()
@@ -147,7 +151,7 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(content: dict[str, Any]) -> JournalEntry:
-    if content["format"] not in (JOURNAL_FORMAT, _TOKENS_ONLY_FORMAT):
+    if content["format"] not in (JOURNAL_FORMAT, _DRAFTLESS_FORMAT, _TOKENS_ONLY_FORMAT):
         raise ValueError(f"format {content['format']!r}, this release reads {JOURNAL_FORMAT}")
     if content["stage"] not in get_args(Stage):
         raise ValueError(f"unknown stage {content['stage']!r}")
@@ -170,6 +174,7 @@ def _decode(content: dict[str, Any]) -> JournalEntry:
             created_at=int(content["created_at"]),
             stage=content["stage"],
             answer=tuple(map(int, content["answer"])),
+            drafts=tuple(tuple(map(int, item)) for item in content.get("drafts", ())),
             text=str(content["text"]),
             finish_reason=str(content["finish_reason"]),
             evidence=tuple(_decode_evidence(item) for item in content["evidence"]),

@@ -63,6 +63,9 @@ _CODEC_SECONDS: Final = {
     TensorEncoding.FLOAT16: (35e-6, 2e-9),
     TensorEncoding.BLOCKWISE_INT8: (80e-6, 10e-9),
 }
+# Rounding to the nearest code is never farther from a row with noise than the code of the row without, so the noise
+# counts twice at the most; a tie for the last of the outliers can cost 1.4 times the row's own rounding besides.
+_ROUNDING_SPREAD: Final = 2.0
 # The time saved on the link must be twice the codec's, so that a slower machine than the one measured loses nothing.
 _LEAST_GAIN: Final = 2.0
 
@@ -219,6 +222,22 @@ _CODEBOOK: Final = dynamic_map()
 # A table instead of a search: looking a value up by its rounding to float16 moves the decision by 2**-12 of the value
 # where cells are 2**-6 wide, which does not change the error in the third digit.
 _CODE_OF_HALF: Final = _nearest_codes(_CODEBOOK)
+
+
+def can_be_handed_on(encoding: TensorEncoding, data: bytes, tensor: Tensor, relative: float) -> bool:
+    """Whether `data` can come from a sender whose rows differ from `tensor` float32 [rows, width] by float noise, at
+    most the share `relative` of a row's norm: never false for one. What it lets pass differs by little more than the
+    rounding of `encoding`. Raises `ActivationError` for a tensor that cannot be sent.
+    """
+    try:
+        received = decode(encoding, data, rows=tensor.shape[0], width=tensor.shape[1])
+    except ActivationError:
+        return False
+    rounded = decode(encoding, encode(encoding, tensor), rows=tensor.shape[0], width=tensor.shape[1])
+    # In float64: squares of what a row may hold leave the range of float32.
+    exact = tensor.double()
+    allowed = 2 * relative * exact.norm(dim=1) + _ROUNDING_SPREAD * (rounded.double() - exact).norm(dim=1)
+    return bool(((received.double() - exact).norm(dim=1) <= allowed).all())
 
 
 @functools.lru_cache(maxsize=256)

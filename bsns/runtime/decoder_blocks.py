@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bsns.runtime.ragged_attention import RaggedBatch
-from bsns.runtime.weight_formats import PackedLinear, pack
+from bsns.runtime.weight_formats import PackedLinear, checked_row_kernels, pack
 
 ATTENTION_NAME: Final = "bsns-ragged"
 Rotation = tuple[Tensor, Tensor]
@@ -53,6 +53,9 @@ class RotaryBlock:
         self._norms = [
             tensors.pop(f"{name}.weight") + norm_offset for name in ("input_layernorm", "post_attention_layernorm")
         ]
+
+        # torch composes the norm of five operators: at a few rows most of their time is in starting them.
+        self._kernels = checked_row_kernels() if self._norms[0].device.type == "cpu" else None
 
         def taken(*names: str, rotated: int = 0) -> PackedLinear:
             """The matrices of `names` as one; the first `rotated` of them with their pairs side by side."""
@@ -98,6 +101,8 @@ class RotaryBlock:
         return self._down(self._activation(gate).mul_(up))
 
     def _normed(self, hidden: Tensor, which: int) -> Tensor:
+        if self._kernels is not None:
+            return self._kernels.rms_norm(hidden, self._norms[which], self._epsilon)
         return nn.functional.rms_norm(hidden, hidden.shape[1:], self._norms[which], self._epsilon)
 
 

@@ -7,13 +7,14 @@ a block runs in `bsns.runtime.decoder_blocks`, what sessions keep in `bsns.runti
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from bsns.protocol.bounded_json import parse_json
 from bsns.protocol.manifest import VALUE_BYTES, ModelManifest
+from bsns.runtime.cuda import DeviceMemoryError, on_device, open_device, to_host
 from bsns.runtime.decoder_blocks import ATTENTION_NAME, Block, LayerBlock, RotaryBlock
 from bsns.runtime.decoder_families import (
     EMBEDDING_WEIGHT,
@@ -26,9 +27,15 @@ from bsns.runtime.decoder_families import (
     decoder_family,
 )
 from bsns.runtime.executor import BatchStep, ContextLimitError, ExecutionError, StageSession
-from bsns.runtime.ragged_attention import ATTENTIONS, DecoderSession, RaggedBatch
+from bsns.runtime.ragged_attention import ATTENTIONS, LONGEST_SHORT_STEP, DecoderSession, RaggedBatch
 from bsns.runtime.weight_formats import ARITHMETICS, PackedLinear, pack
 from bsns.runtime.weight_store import CONFIG_FILE, WeightStore
+
+if TYPE_CHECKING:
+    from bsns.runtime.decode_graph import DecodeGraphs
+
+# Rows that run together in one recorded batch, on a GPU. Of more the kernels take longer than their start.
+_LARGEST_GRAPH: Final = 128
 
 
 class StageExecutor:
@@ -72,11 +79,10 @@ class StageExecutor:
             raise ExecutionError(f"{family.model_type} models run in float32 only; {arithmetic} was asked for")
         config, self._shape = _configuration(family, manifest, store.read_file(CONFIG_FILE))
         self._manifest, self._first_unit, self._end_unit = manifest, first_unit, end_unit
-        self._threads, self._device = threads, torch.device(device)
+        self._threads, self._device = threads, open_device(device)
+        if arithmetic == "int8" and self._device.type != "cpu":
+            raise ExecutionError(f"int8 is computed on a CPU only, the device is {device!r}; choose another arithmetic")
         self._attention, self._arithmetic = attention, arithmetic
-        if self._device.type == "cuda":
-            # TF32 keeps ten bits of the mantissa: it is not the declared arithmetic.
-            torch.backends.cuda.matmul.allow_tf32 = False
         self._embedding_scale = None if family.embedding_scale is None else family.embedding_scale(config)
         self._embedding: Tensor | None = None
         self._positions: Tensor | None = None
@@ -87,6 +93,15 @@ class StageExecutor:
         rotated = self._rotary is not None and 2 * _frequencies(self._rotary) == self._shape.head_width
         self._turns_pairs = family.rotary_block is not None and rotated
         self.memory_bytes = 0
+        with on_device(self._device):
+            self._load(family, config, store, progress)
+            self._graphs = self._decode_graphs()
+        _return_freed_memory()
+
+    def _load(
+        self, family: DecoderFamily, config: Any, store: WeightStore, progress: Callable[[int, int], None] | None
+    ) -> None:
+        manifest, first_unit, end_unit, arithmetic = self._manifest, self._first_unit, self._end_unit, self._arithmetic
         done, total = 0, sum(unit.size_bytes for unit in manifest.units[first_unit:end_unit])
         for unit in manifest.units[first_unit:end_unit]:
             tensors = {name: tensor.to(self._device) for name, tensor in store.load_unit(unit.index).items()}
@@ -109,7 +124,26 @@ class StageExecutor:
             done += unit.size_bytes
             if progress is not None:
                 progress(done, total)
-        _return_freed_memory()
+
+    def _decode_graphs(self) -> "DecodeGraphs | None":
+        """Graphs of short steps, where there are kernels for them and no block does what cannot be recorded."""
+        self._kernels = False
+        if self._device.type != "cuda" or self._attention != "sdpa" or not self._blocks:
+            return None
+        shape = self._shape
+        try:
+            from bsns.runtime import decode_kernels
+        except ImportError:  # torch was installed without triton
+            return None
+        sizes = shape.query_heads, shape.key_heads, shape.head_width
+        self._kernels = decode_kernels.are_usable(*sizes, self._device)
+        if not self._kernels or not all(isinstance(block, RotaryBlock) for block in self._blocks):
+            return None
+        from bsns.runtime.decode_graph import DecodeGraphs
+
+        spare = DecoderSession(len(self._blocks), shape.key_heads, shape.head_width, 1, self._device)
+        width = None if self.has_embedding else shape.hidden
+        return DecodeGraphs(width, self._attention, spare, self._device)
 
     def _block(self, family: DecoderFamily, config: Any, tensors: dict[str, Tensor], name: str) -> Block:
         # transformers' layer is built in any case: it is what says whether the tensors fit the configuration.
@@ -166,7 +200,7 @@ class StageExecutor:
 
     def new_session(self, max_tokens: int) -> StageSession:
         """A session for at most `max_tokens` tokens (prompt and answer). Raises `ContextLimitError` beyond the model's
-        context.
+        context, `ExecutionError` where a GPU has no room for it.
         """
         if not 1 <= max_tokens <= self._manifest.context_limit:
             raise ContextLimitError(
@@ -174,7 +208,8 @@ class StageExecutor:
                 f"context holds 1 to {self._manifest.context_limit}"
             )
         shape = self._shape
-        return DecoderSession(len(self._blocks), shape.key_heads, shape.head_width, max_tokens, self._device)
+        with on_device(self._device):
+            return DecoderSession(len(self._blocks), shape.key_heads, shape.head_width, max_tokens, self._device)
 
     def forward(
         self, session: StageSession, inputs: Tensor, *, position: int, logit_rows: Sequence[int] | None = None
@@ -203,18 +238,44 @@ class StageExecutor:
             except ExecutionError as error:
                 results[number] = error
         if running:
-            self._use_threads()
-            with torch.inference_mode():
-                batch = RaggedBatch.of(
-                    [(session, len(step.inputs)) for _, step, session in running], self._device, self._attention
-                )
-                inputs = [step.inputs for _, step, _ in running]
-                joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-                outputs = self._run(batch, joined.to(self._device), [step.logit_rows for _, step, _ in running])
-            batch.advance()
+            try:
+                outputs: list[Tensor | Exception] = [*self._outputs([(step, session) for _, step, session in running])]
+            except DeviceMemoryError as error:
+                # Nothing was counted; one after the other they take less.
+                outputs = [error] if len(running) == 1 else [self.forward_batch([step])[0] for _, step, _ in running]
+            else:
+                for _, step, session in running:
+                    session.advance(len(step.inputs))
             for (number, _, _), output in zip(running, outputs, strict=True):
                 results[number] = output
         return [item for item in results if item is not None]
+
+    def _outputs(self, running: Sequence[tuple[BatchStep, DecoderSession]]) -> list[Tensor]:
+        """Outputs of each step, complete and on the CPU. Counts nothing."""
+        self._use_threads()
+        rows = [len(step.inputs) for step, _ in running]
+        inputs, sessions = [step.inputs for step, _ in running], [session for _, session in running]
+        with on_device(self._device), torch.inference_mode():
+            if self._graphs is not None and max(rows) <= LONGEST_SHORT_STEP and sum(rows) <= _LARGEST_GRAPH:
+                outputs = self._graphs.step(self._rows, sessions, inputs).split(rows)
+                if not self.has_head:
+                    return list(outputs)
+                return [
+                    output[-1:] if step.logit_rows is None else output[list(step.logit_rows)]
+                    for (step, _), output in zip(running, outputs, strict=True)
+                ]
+            batch = RaggedBatch.of(
+                list(zip(sessions, rows, strict=True)), self._device, self._attention, kernels=self._kernels
+            )
+            joined = (inputs[0] if len(inputs) == 1 else torch.cat(inputs)).to(self._device)
+            if not self.has_head:
+                return list(to_host(self._rows(batch, joined)).split(rows))
+            chosen, first = [], 0
+            for (step, _), count in zip(running, rows, strict=True):
+                chosen.append([first + row for row in ([count - 1] if step.logit_rows is None else step.logit_rows)])
+                first += count
+            wanted = torch.tensor([row for each in chosen for row in each], dtype=torch.int64, device=self._device)
+            return list(to_host(self._rows(batch, joined, wanted)).split([len(each) for each in chosen]))
 
     def _checked(self, step: BatchStep) -> DecoderSession:
         session, inputs = step.session, step.inputs
@@ -224,7 +285,8 @@ class StageExecutor:
         if self.has_embedding:
             if inputs.dtype != torch.int64 or inputs.ndim != 1:
                 raise ExecutionError(f"the stage takes token ids int64 [n], got {inputs.dtype} {list(inputs.shape)}")
-            if inputs.numel() and not (int(inputs.min()) >= 0 and int(inputs.max()) < vocabulary):
+            ids = inputs.tolist()
+            if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
                 raise ExecutionError(f"a token id lies outside the vocabulary of {vocabulary}")
         elif inputs.dtype != torch.float32 or inputs.ndim != 2 or inputs.shape[1] != hidden:
             raise ExecutionError(f"the stage takes float32 [n, {hidden}], got {inputs.dtype} {list(inputs.shape)}")
@@ -275,9 +337,8 @@ class StageExecutor:
 
         def run() -> None:
             try:
+                # Ends when the outputs are on the CPU: nothing is left running on a GPU.
                 self.forward_batch(steps)
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)
             finally:
                 for step in steps:
                     step.session.truncate(past)
@@ -288,8 +349,10 @@ class StageExecutor:
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
 
-    def _run(self, batch: RaggedBatch, inputs: Tensor, logit_rows: list[Sequence[int] | None]) -> list[Tensor]:
-        """Outputs of each segment. `inputs`: all rows, [rows] token ids or [rows, hidden]."""
+    def _rows(self, batch: RaggedBatch, inputs: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Outputs of a batch, where the stage has the head of its rows `wanted` (None: of all). `inputs`: all rows,
+        [rows] token ids or [rows, hidden].
+        """
         hidden = inputs
         if self._embedding is not None:
             hidden = nn.functional.embedding(inputs, self._embedding)
@@ -302,13 +365,9 @@ class StageExecutor:
             for number, block in enumerate(self._blocks):
                 hidden = block.forward(hidden, rotation, batch, number)
         if self._norm is None or self._head is None:
-            return [hidden[item.first : item.first + item.rows] for item in batch.segments]
-        chosen = [
-            [item.first + row for row in ([item.rows - 1] if rows is None else rows)]
-            for item, rows in zip(batch.segments, logit_rows, strict=True)
-        ]
-        logits = self._head(self._norm(hidden[[row for rows in chosen for row in rows]]))
-        return list(logits.split([len(rows) for rows in chosen]))
+            return hidden
+        logits: Tensor = self._head(self._norm(hidden if wanted is None else hidden[wanted]))
+        return logits
 
     def _rotation(self, hidden: Tensor, batch: RaggedBatch) -> Any:
         if self._rotary is None:

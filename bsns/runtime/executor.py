@@ -9,6 +9,7 @@ Does not sample, sketch or speak to the network, and does not lock: one thread a
 Decoders run in `bsns.runtime.decoder_executor`, captured programs in `bsns.runtime.program_executor`.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -156,10 +157,13 @@ def open_stage(
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One step's inputs as they were handed over: int64 [n] or float32 [n, hidden], first row at `position`."""
+    """One step's inputs as they were handed over: int64 [n] or float32 [n, hidden], first row at `position`. A stage
+    with the head gives the logits of the last `logit_rows` rows.
+    """
 
     position: int
     inputs: Tensor
+    logit_rows: int = 1
 
 
 def iterate_reexecution(
@@ -167,41 +171,67 @@ def iterate_reexecution(
 ) -> Iterator[Tensor]:
     """Re-executes a whole session in one teacher-forced pass and yields each step's outputs in order.
 
-    What `forward` gave for the step: float32 [n, hidden], or for a stage with the head the logits [1, vocabulary] of
-    the step's last row. Steps must start at position 0 and be contiguous. Rows run in chunks of `chunk_rows`, so memory
-    is bounded for hidden stages.
+    What `forward` gave for the step: float32 [n, hidden], or for a stage with the head the logits [logit_rows,
+    vocabulary]. The first step is at position 0. A later one begins behind the step before it or goes back to one of
+    that step's rows, which is then forgotten with those behind it. Steps that follow one another run in chunks of
+    `chunk_rows` rows, so memory is bounded; each way back begins a new chunk.
     """
+    _check_positions(steps)
     if not steps:
         return
-    expected = 0
+    session = executor.new_session(max(step.position + step.inputs.shape[0] for step in steps))
+    first = 0
+    for end in range(1, len(steps) + 1):
+        if end == len(steps) or steps[end].position < steps[end - 1].position + steps[end - 1].inputs.shape[0]:
+            if first:
+                session.truncate(steps[first].position)
+            yield from _iterate_contiguous(executor, session, steps[first:end], chunk_rows)
+            first = end
+
+
+def _check_positions(steps: Sequence[StepInput]) -> None:
+    least = most = 0
     for number, step in enumerate(steps):
-        if step.position != expected:
+        if not least <= step.position <= most:
             raise ExecutionError(
-                f"step {number} starts at position {step.position}, expected {expected}; steps are missing"
+                f"step {number} starts at position {step.position}, expected {least} to {most}; steps are missing"
             )
-        expected += step.inputs.shape[0]
+        least, most = step.position + 1, step.position + step.inputs.shape[0]
+
+
+def _iterate_contiguous(
+    executor: ShardExecutor, session: StageSession, steps: Sequence[StepInput], chunk_rows: int
+) -> Iterator[Tensor]:
+    """Outputs of steps that leave nothing out between them, from the session's position on."""
     has_head = executor.end_unit == len(executor.manifest.units)
-    session = executor.new_session(expected)
-    everything = torch.cat([step.inputs for step in steps])
-    ends = [step.position + step.inputs.shape[0] for step in steps]
+    begin = steps[0].position
+    everything = steps[0].inputs if len(steps) == 1 else torch.cat([step.inputs for step in steps])
+    ends = [step.position - begin + step.inputs.shape[0] for step in steps]
+    # Of each step the rows that are asked for, among all rows of these steps.
+    wanted = [
+        range(end - (step.logit_rows if has_head else step.inputs.shape[0]), end)
+        for step, end in zip(steps, ends, strict=True)
+    ]
+    asked = [row for item in wanted for row in item]
     pending: list[Tensor] = []
     number = 0
-    for first in range(0, expected, chunk_rows):
+    for first in range(0, ends[-1], chunk_rows):
         chunk = everything[first : first + chunk_rows]
         last = first + chunk.shape[0]
-        wanted = [end - 1 - first for end in ends[number:] if end <= last] if has_head else None
-        output = executor.forward(session, chunk, position=first, logit_rows=wanted)
+        rows: list[int] | None = None
         if has_head:
-            yield from (output[row : row + 1] for row in range(output.shape[0]))
-            number += output.shape[0]
-            continue
-        taken = first
-        while number < len(ends) and ends[number] <= last:
-            pending.append(output[taken - first : ends[number] - first])
+            rows = [row - first for row in asked[bisect_left(asked, first) : bisect_left(asked, last)]]
+        output = executor.forward(session, chunk, position=begin + first, logit_rows=rows)
+        taken = 0
+        while number < len(ends) and wanted[number].start < last:
+            # Rows of this step that lie in this chunk.
+            count = min(wanted[number].stop, last) - max(wanted[number].start, first)
+            pending.append(output[taken : taken + count])
+            taken += count
+            if ends[number] > last:
+                break
             yield torch.cat(pending) if len(pending) > 1 else pending[0]
-            pending, taken, number = [], ends[number], number + 1
-        if taken < last:
-            pending.append(output[taken - first :])
+            pending, number = [], number + 1
 
 
 def reexecute(

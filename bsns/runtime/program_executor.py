@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bsns.protocol.manifest import EXPORTED, ModelManifest
+from bsns.runtime.cuda import open_device
 from bsns.runtime.executor import BatchStep, ContextLimitError, ExecutionError, StageSession, forward_each
 from bsns.runtime.program import BATCH, Program, ProgramError, ProgramSlice
 from bsns.runtime.weight_store import WeightStore
@@ -79,7 +80,7 @@ class ProgramExecutor:
                 f"not {manifest.architecture!r} in {manifest.dtype}"
             )
         self._manifest, self._first_unit, self._end_unit = manifest, first_unit, end_unit
-        self._threads, self._device = threads, torch.device(device)
+        self._threads, self._device = threads, open_device(device)
         self.memory_bytes = sum(unit.size_bytes for unit in manifest.units[first_unit:end_unit])
         try:
             program = _parsed(store.read_file(PROGRAM_FILE))

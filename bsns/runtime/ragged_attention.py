@@ -4,7 +4,8 @@ Owns the slab that one session's keys and values lie in, and `RaggedBatch`: the 
 end, each row knowing its position, each session seeing its own past and nothing else. Promises that a slab takes the
 bytes of its token limit at the most (pages are taken when they are first written), that rows beyond a session's counted
 position are never read, and that what a session gets depends on its own rows alone up to the rounding of the matrix
-kernels. Does not multiply weights.
+kernels. On a GPU the rows of short steps attend in one kernel, where `bsns.runtime.decode_kernels` can be built. Does
+not multiply weights.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,10 @@ from bsns.protocol.manifest import VALUE_BYTES
 from bsns.runtime.executor import ExecutionError
 
 ATTENTIONS: Final = ("sdpa", "eager")
+# Rows of one step that each read the session's past for themselves, in the kernel for all sessions. Of a longer step
+# torch's attention, which reads it once, takes less; and so it does of two rows, since Triton's kernels start slowly.
+LONGEST_SHORT_STEP: Final = 32
+_LEAST_ROWS_TOGETHER: Final = 3
 
 
 class DecoderSession:
@@ -28,6 +33,7 @@ class DecoderSession:
         shape = (blocks, key_heads, max_tokens, head_width)
         self.keys = torch.empty(shape, device=device)
         self.values = torch.empty(shape, device=device)
+        self._addresses = self.keys.data_ptr(), self.values.data_ptr()
         self.max_tokens = max_tokens
         self._bytes_per_token = 2 * VALUE_BYTES * blocks * key_heads * head_width
         self._position = 0
@@ -46,6 +52,12 @@ class DecoderSession:
     def cache_bytes_limit(self) -> int:
         """Bytes at the session's token limit."""
         return self.max_tokens * self._bytes_per_token
+
+    def table_entries(self, rows: int) -> list[tuple[int, int, int, int]]:
+        """Position, addresses of keys and values, capacity for each of the next `rows` rows: what
+        `bsns.runtime.decode_kernels` read of a session.
+        """
+        return [(self._position + row, *self._addresses, self.max_tokens) for row in range(rows)]
 
     def advance(self, rows: int) -> None:
         """Count `rows` that a step has written."""
@@ -70,48 +82,69 @@ class Segment:
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """The steps that run together. Also what transformers' layers get as their cache (`update`)."""
+    """The steps that run together. Also what transformers' layers get as their cache (`update`).
+
+    `table` (see `bsns.runtime.decode_kernels`) holds the rows that attend in one kernel; `segments` are the steps that
+    attend one by one.
+    """
 
     segments: tuple[Segment, ...]
     positions: Tensor
     attention: str
+    table: Tensor | None = None
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, steps: Sequence[tuple[DecoderSession, int]], device: torch.device, attention: str) -> "RaggedBatch":
-        """A batch of (session, rows), each from the session's own position on."""
-        segments, first = [], 0
+    def of(
+        cls, steps: Sequence[tuple[DecoderSession, int]], device: torch.device, attention: str, *, kernels: bool = False
+    ) -> "RaggedBatch":
+        """A batch of (session, rows), each from the session's own position on. `kernels`: whether there are those of
+        `bsns.runtime.decode_kernels`.
+        """
+        segments, together, positions, first = [], [], [], 0
+        short = sum(rows for _, rows in steps if rows <= LONGEST_SHORT_STEP)
+        kernels = kernels and short >= _LEAST_ROWS_TOGETHER
         for session, rows in steps:
-            segments.append(Segment(session, first, rows, session.position))
+            if kernels and rows <= LONGEST_SHORT_STEP:
+                together += [(first + row, *entry) for row, entry in enumerate(session.table_entries(rows))]
+            else:
+                segments.append(Segment(session, first, rows, session.position))
+            positions.append(torch.arange(session.position, session.position + rows))
             first += rows
-        positions = torch.cat([torch.arange(item.position, item.position + item.rows) for item in segments])
-        return cls(tuple(segments), positions.to(device), attention)
-
-    def advance(self) -> None:
-        """Every step is done: count its rows."""
-        for segment in self.segments:
-            segment.session.advance(segment.rows)
+        table = torch.tensor(together).t().contiguous().to(device) if together else None
+        return cls(tuple(segments), torch.cat(positions).to(device), attention, table)
 
     def attend(self, block: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Store `keys` and `values` [rows, key heads, width] and attend with `queries` [rows, heads, width], causally
         within each session. Returns [rows, heads, width].
         """
         self.store(block, keys.transpose(0, 1), values.transpose(0, 1))
-        if len(self.segments) == 1:
-            return self._attend(self.segments[0], block, queries, scale)
-        output = torch.empty_like(queries)
-        for segment in self.segments:
-            last = segment.first + segment.rows
-            output[segment.first : last] = self._attend(segment, block, queries[segment.first : last], scale)
-        return output
+        return self._attend_all(block, queries, keys.shape[1], scale)
 
     def store(self, block: int, keys: Tensor, values: Tensor) -> None:
         """Write `keys` and `values` [key heads, rows, width] behind what each session holds."""
+        if self.table is not None:
+            from bsns.runtime import decode_kernels
+
+            decode_kernels.store(self.table, keys.transpose(0, 1), values.transpose(0, 1), block)
         for segment in self.segments:
             begin, end = segment.position, segment.position + segment.rows
             last = segment.first + segment.rows
             segment.session.keys[block, :, begin:end] = keys[:, segment.first : last]
             segment.session.values[block, :, begin:end] = values[:, segment.first : last]
+
+    def _attend_all(self, block: int, queries: Tensor, key_heads: int, scale: float) -> Tensor:
+        if self.table is None and len(self.segments) == 1:
+            return self._attend(self.segments[0], block, queries, scale)
+        output = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        if self.table is not None:
+            from bsns.runtime import decode_kernels
+
+            decode_kernels.attend(self.table, queries, output, block, key_heads, scale)
+        for segment in self.segments:
+            last = segment.first + segment.rows
+            output[segment.first : last] = self._attend(segment, block, queries[segment.first : last], scale)
+        return output
 
     def _attend(self, segment: Segment, block: int, queries: Tensor, scale: float) -> Tensor:
         rows, heads, width = queries.shape
@@ -145,18 +178,14 @@ class RaggedBatch:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Store [1, key heads, rows, width]; what is returned reaches `transformers_attention` untouched."""
         self.store(layer_idx, keys[0], values[0])
-        return self, layer_idx
+        return self, (layer_idx, keys.shape[1])
 
     @staticmethod
     def transformers_attention(
-        _module: Any, queries: Tensor, batch: Any, layer_idx: Any, _mask: Any, *, scaling: float, **_: Any
+        _module: Any, queries: Tensor, batch: Any, stored: Any, _mask: Any, *, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
         """The attention that transformers' layers are configured with: `queries` [1, heads, rows, width] against what
         `update` returned. Gives [1, rows, heads, width].
         """
-        rows = queries[0].transpose(0, 1)
-        pieces = [
-            batch._attend(item, layer_idx, rows[item.first : item.first + item.rows], scaling)
-            for item in batch.segments
-        ]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
+        block, key_heads = stored
+        return batch._attend_all(block, queries[0].transpose(0, 1), key_heads, scaling)[None], None

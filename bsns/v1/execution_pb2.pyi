@@ -135,8 +135,13 @@ class OpenSessionRequest(_message.Message):
     STAGE_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.bytes
     stage: _builtins.int
+    prompt: _builtins.bytes
+    """To the last stage only, and only if the requester likes: the prompt as int32 little-endian token ids, of which the stage drafts. Empty: not
+    shown.
+    """
     @_builtins.property
     def token(self) -> Global___SessionToken: ...
     @_builtins.property
@@ -148,10 +153,11 @@ class OpenSessionRequest(_message.Message):
         stage: _builtins.int = ...,
         token: Global___SessionToken | None = ...,
         input: Global___InputOpening | None = ...,
+        prompt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "request_id", b"request_id", "stage", b"stage", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "prompt", b"prompt", "request_id", b"request_id", "stage", b"stage", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -198,14 +204,19 @@ class StepFrame(_message.Message):
     """Stage that is to execute the step."""
     step: _builtins.int
     position: _builtins.int
-    """First position of the rows in the sequence."""
+    """First position of the rows in the sequence: 0 for the prompt, then behind the rows of the step before that the answer keeps. A stage
+    forgets the others before it executes the step.
+    """
     rows: _builtins.int
+    """Those of the prompt, then the newest token and the drafts behind it, at most 16."""
     encoding: _common_pb2.TensorEncoding.ValueType
     frame_index: _builtins.int
     frame_count: _builtins.int
     payload: _builtins.bytes
     digest: _builtins.bytes
-    """SHA-256 of the whole tensor's bytes; set on the first frame."""
+    """SHA-256 of the whole tensor's bytes, for steps behind the prompt followed by position and rows as uint32 little-endian; set on the first
+    frame.
+    """
     def __init__(
         self,
         *,
@@ -230,8 +241,8 @@ Global___StepFrame: _TypeAlias = StepFrame  # noqa: Y015
 
 @_typing.final
 class EndOfSession(_message.Message):
-    """The session ends after `steps` steps. From the last stage to stage 0 it carries the finish reason after the final token; stage 0 passes it
-    down the ring so that every stage closes with the same number of steps.
+    """The session ends after `steps` steps, which gave `tokens` answer tokens. From the last stage to stage 0 it carries the finish reason after the
+    final token; stage 0 passes it down the ring so that every stage closes with the same numbers.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -240,10 +251,12 @@ class EndOfSession(_message.Message):
     STAGE_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.bytes
     stage: _builtins.int
     steps: _builtins.int
     finish_reason: _common_pb2.FinishReason.ValueType
+    tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -251,10 +264,11 @@ class EndOfSession(_message.Message):
         stage: _builtins.int = ...,
         steps: _builtins.int = ...,
         finish_reason: _common_pb2.FinishReason.ValueType = ...,
+        tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "request_id", b"request_id", "stage", b"stage", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "request_id", b"request_id", "stage", b"stage", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -291,31 +305,39 @@ class ForwardRequest(_message.Message):
 Global___ForwardRequest: _TypeAlias = ForwardRequest  # noqa: Y015
 
 @_typing.final
-class OutputToken(_message.Message):
-    """From stage 0 to the requester."""
+class StepOutput(_message.Message):
+    """From stage 0 to the requester: what the last stage handed on after `step`. The answer grows by the first `accepted` drafts of the step before,
+    then by the newest token.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
-    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.bytes
     step: _builtins.int
-    token_id: _builtins.int
+    accepted: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The newest token, then the drafts of those that may follow it."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.bytes = ...,
         step: _builtins.int = ...,
-        token_id: _builtins.int = ...,
+        accepted: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "step", b"step", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "request_id", b"request_id", "step", b"step", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___OutputToken: _TypeAlias = OutputToken  # noqa: Y015
+Global___StepOutput: _TypeAlias = StepOutput  # noqa: Y015
 
 @_typing.final
 class SessionEnded(_message.Message):
@@ -325,12 +347,14 @@ class SessionEnded(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     STATEMENT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.bytes
     steps: _builtins.int
     finish_reason: _common_pb2.FinishReason.ValueType
+    tokens: _builtins.int
     @_builtins.property
     def statement(self) -> _common_pb2.SignedHandOver:
-        """Statement of the last stage over all tokens it sent, relayed."""
+        """Statement of the last stage over all that it sent, relayed."""
 
     def __init__(
         self,
@@ -339,10 +363,11 @@ class SessionEnded(_message.Message):
         steps: _builtins.int = ...,
         finish_reason: _common_pb2.FinishReason.ValueType = ...,
         statement: _common_pb2.SignedHandOver | None = ...,
+        tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "request_id", b"request_id", "statement", b"statement", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "request_id", b"request_id", "statement", b"statement", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -385,13 +410,13 @@ class ForwardResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RECEIPT_FIELD_NUMBER: _builtins.int
-    TOKEN_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def receipt(self) -> _common_pb2.SignedHandOver: ...
     @_builtins.property
-    def token(self) -> Global___OutputToken: ...
+    def output(self) -> Global___StepOutput: ...
     @_builtins.property
     def rejected(self) -> Global___StepRejected: ...
     @_builtins.property
@@ -400,15 +425,15 @@ class ForwardResponse(_message.Message):
         self,
         *,
         receipt: _common_pb2.SignedHandOver | None = ...,
-        token: Global___OutputToken | None = ...,
+        output: Global___StepOutput | None = ...,
         rejected: Global___StepRejected | None = ...,
         ended: Global___SessionEnded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "ended", b"ended", "receipt", b"receipt", "rejected", b"rejected", "token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "ended", b"ended", "output", b"output", "receipt", b"receipt", "rejected", b"rejected"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "ended", b"ended", "receipt", b"receipt", "rejected", b"rejected", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "ended", b"ended", "output", b"output", "receipt", b"receipt", "rejected", b"rejected"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["receipt", "token", "rejected", "ended"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["receipt", "output", "rejected", "ended"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -475,6 +500,7 @@ class GetStageEvidenceRequest(_message.Message):
     deadline: _builtins.int
     signature: _builtins.bytes
     with_inputs: _builtins.bool
+    """Also the bytes of each step's input and, of the last stage, of its output."""
     def __init__(
         self,
         *,
@@ -611,26 +637,54 @@ class StageInputFrame(_message.Message):
 Global___StageInputFrame: _TypeAlias = StageInputFrame  # noqa: Y015
 
 @_typing.final
+class StageOutput(_message.Message):
+    """What the last stage handed on after a step: the newest token and its drafts as int32 little-endian."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    payload: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        payload: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageOutput: _TypeAlias = StageOutput  # noqa: Y015
+
+@_typing.final
 class GetStageEvidenceResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EVIDENCE_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def evidence(self) -> Global___StageEvidence: ...
     @_builtins.property
     def input(self) -> Global___StageInputFrame: ...
+    @_builtins.property
+    def output(self) -> Global___StageOutput: ...
     def __init__(
         self,
         *,
         evidence: Global___StageEvidence | None = ...,
         input: Global___StageInputFrame | None = ...,
+        output: Global___StageOutput | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "evidence", b"evidence", "input", b"input"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "evidence", b"evidence", "input", b"input", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "evidence", b"evidence", "input", b"input"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "evidence", b"evidence", "input", b"input", "output", b"output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["evidence", "input"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["evidence", "input", "output"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class ShardExecutionStub:
-    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token to
-    stage 0, which relays it to the requester and goes on with it.
+    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token, and drafts of
+    those that may follow it, to stage 0, which relays them to the requester and goes on with them as its next step.
     """
 
     def __init__(self, channel):
@@ -69,8 +69,8 @@ class ShardExecutionStub:
 
 
 class ShardExecutionServicer:
-    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token to
-    stage 0, which relays it to the requester and goes on with it.
+    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token, and drafts of
+    those that may follow it, to stage 0, which relays them to the requester and goes on with them as its next step.
     """
 
     def PrepareShard(self, request, context):
@@ -159,8 +159,8 @@ def add_ShardExecutionServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ShardExecution:
-    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token to
-    stage 0, which relays it to the requester and goes on with it.
+    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token, and drafts of
+    those that may follow it, to stage 0, which relays them to the requester and goes on with them as its next step.
     """
 
     @staticmethod

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ShardExecutionStub:
-    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token to
-    stage 0, which relays it to the requester and goes on with it.
+    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token, and drafts of
+    those that may follow it, to stage 0, which relays them to the requester and goes on with them as its next step.
     """
 
     @_typing.overload
@@ -54,8 +54,8 @@ class ShardExecutionStub:
 
 @_typing.type_check_only
 class ShardExecutionAsyncStub(ShardExecutionStub):
-    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token to
-    stage 0, which relays it to the requester and goes on with it.
+    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token, and drafts of
+    those that may follow it, to stage 0, which relays them to the requester and goes on with them as its next step.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -77,8 +77,8 @@ class ShardExecutionAsyncStub(ShardExecutionStub):
     """
 
 class ShardExecutionServicer(metaclass=_abc_1.ABCMeta):
-    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token to
-    stage 0, which relays it to the requester and goes on with it.
+    """Served by every node. Activations go from node to node; the nodes of a route form a ring: the last stage sends the drawn token, and drafts of
+    those that may follow it, to stage 0, which relays them to the requester and goes on with them as its next step.
     """
 
     @_abc_1.abstractmethod

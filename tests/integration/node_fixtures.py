@@ -82,12 +82,32 @@ class OpenedRequest:
 
 @dataclass
 class Answer:
-    """What a requester saw on its stream."""
+    """What a requester saw on its stream: `outputs` step by step, `tokens` of the answer that is in them."""
 
-    tokens: list[int] = field(default_factory=list)
+    outputs: list[execution_pb2.StepOutput] = field(default_factory=list)
     ended: execution_pb2.SessionEnded | None = None
     rejected: execution_pb2.StepRejected | None = None
     receipts: list[common_pb2.SignedHandOver] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        found: list[int] = []
+        drafts: Sequence[int] = ()
+        for output in self.outputs:
+            newest, *following = output.token_ids
+            assert output.accepted <= len(drafts)
+            found += (*drafts[: output.accepted], newest)
+            drafts = following
+        return found
+
+    @property
+    def drafted(self) -> int:
+        """Drafts that were computed: those of the last output are nobody's input."""
+        return sum(len(output.token_ids) - 1 for output in self.outputs[:-1])
+
+    @property
+    def accepted(self) -> int:
+        return sum(output.accepted for output in self.outputs)
 
 
 @dataclass
@@ -259,10 +279,12 @@ class Network:
         return execution_pb2.SessionToken(deadline=deadline, signature=(signer or self.requester).sign_digest(digest))
 
     def session_request(self, opened: OpenedRequest, stage: int) -> execution_pb2.OpenSessionRequest:
+        is_last = stage == opened.plan.stage_count - 1
         return execution_pb2.OpenSessionRequest(
             request_id=opened.id,
             stage=stage,
             token=self.token(opened),
+            prompt=opened.given.data if is_last and opened.given.tokens else b"",
             input=execution_pb2.InputOpening(
                 prompt_digest=opened.given.digest,
                 prompt_tokens=opened.given.rows,
@@ -357,17 +379,17 @@ class Network:
         )
 
 
-async def read_answer(call: Any, *, stop_after: int | None = None, tokens_before: int = 0) -> Answer:
-    """Read a requester's stream until it ended, was rejected, or gave `stop_after` tokens."""
-    answer = Answer()
+async def read_answer(call: Any, *, stop_after: int | None = None, before: Answer | None = None) -> Answer:
+    """Read a requester's stream until it ended, was rejected, or gave `stop_after` tokens; goes on with `before`."""
+    answer = before or Answer()
     while True:
         message = await call.read()
         if message is grpc.aio.EOF:
             return answer
         match message.WhichOneof("body"):
-            case "token":
-                assert message.token.step == tokens_before + len(answer.tokens)
-                answer.tokens.append(message.token.token_id)
+            case "output":
+                assert message.output.step == len(answer.outputs)
+                answer.outputs.append(message.output)
                 if stop_after is not None and len(answer.tokens) >= stop_after:
                     return answer
             case "receipt":

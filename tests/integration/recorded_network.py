@@ -21,7 +21,7 @@ from bsns.chain.patient_client import PatientChainClient
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
 from bsns.protocol import commitments, identifiers, typed_data
-from bsns.protocol.commitments import EvidenceBuilder, StageEvidence, content_digest, token_bytes
+from bsns.protocol.commitments import EvidenceBuilder, StageEvidence, content_digest, step_digest, token_bytes
 from bsns.protocol.identifiers import ModelId, RequestId, keccak256
 from bsns.protocol.plan import Assignment, ShardPlan, execution_class_id
 from bsns.protocol.record import (
@@ -40,6 +40,7 @@ PATIENCE_S = 10.0
 CLASS = execution_class_id("torch-cpu/float32/sdpa")
 PROMPT = (11, 12, 13, 14, 15)
 FEE_PER_TOKEN = 10**15
+REJECTED_DRAFT = 999
 
 
 async def until(condition: Callable[[], Awaitable[object]], timeout_s: float = 30.0) -> None:
@@ -109,6 +110,15 @@ class RequestInFlight:
     work: list[StageWork] = field(default_factory=list)
     prompt_digest: bytes = content_digest(token_bytes(PROMPT))
     prompt_tokens: int = len(PROMPT)
+    speculates: bool = True
+
+    @property
+    def steps(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """For each step the tokens it gives and the drafts behind them: of the two after the first, one is right."""
+        answer = self.answer
+        if not self.speculates or len(answer) < 3:
+            return [((token,), ()) for token in answer]
+        return [(answer[:1], (answer[1], REJECTED_DRAFT)), (answer[1:3], ()), *(((token,), ()) for token in answer[3:])]
 
     def disclosure(self, *, tokens: bool = True) -> Disclosure:
         sampling = self.sampling
@@ -127,7 +137,7 @@ class RequestInFlight:
                 sampling.digest(),
                 self.salt,
             ),
-            RecordedTokens(PROMPT, self.answer) if tokens else None,
+            RecordedTokens(PROMPT, self.answer, tuple(drafts for _, drafts in self.steps)) if tokens else None,
             tuple(
                 RecordedEvidence(
                     item.stage,
@@ -167,9 +177,11 @@ class RecordedNetwork:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def running(cls, terms: Terms | None = None, *, stages: int = 3) -> AsyncIterator[RecordedNetwork]:
-        """Deployed, registered, planned and active."""
-        async with running_anvil("--prune-history") as anvil:
+    async def running(
+        cls, terms: Terms | None = None, *, stages: int = 3, archive: bool = False
+    ) -> AsyncIterator[RecordedNetwork]:
+        """Deployed, registered, planned and active; with `archive` the states of old blocks are kept."""
+        async with running_anvil(*(() if archive else ("--prune-history",))) as anvil:
             deployer = key("deployer")
             accounts = [deployer.address, key("publisher").address, key("requester").address, key("challenger").address]
             for number in range(stages + 1):
@@ -288,13 +300,15 @@ class RecordedNetwork:
         """Evidence of all stages around the ring."""
         builders = [EvidenceBuilder() for _ in range(self.stages)]
         received = request.prompt_digest
-        for step, token in enumerate(request.answer):
-            rows = request.prompt_tokens if step == 0 else 1
+        position, rows = 0, request.prompt_tokens
+        for tokens, drafts in request.steps:
+            next_position = position + (len(tokens) if position else rows)
+            handed_on = step_digest(token_bytes((tokens[-1], *drafts)), next_position, 1 + len(drafts))
             for stage, builder in enumerate(builders):
-                last = stage == self.stages - 1
-                sent = content_digest(token_bytes([token])) if last else hashlib.sha256(received).digest()
-                builder.add(rows, received, sent, keccak256(received)[:8])
+                sent = handed_on if stage == self.stages - 1 else hashlib.sha256(received).digest()
+                builder.add(rows, received, sent, keccak256(received)[:8], position=position)
                 received = sent
+            position, rows = next_position, 1 + len(drafts)
         return [
             StageWork(
                 stage,

@@ -21,7 +21,7 @@ from grpc_status import rpc_status
 
 from bsns.chain.errors import ContractError
 from bsns.protocol import typed_data
-from bsns.protocol.commitments import content_digest, extend_chain, input_commitment, token_bytes
+from bsns.protocol.commitments import content_digest, extend_chain, input_commitment
 from bsns.protocol.identifiers import ZERO_HASH, RequestId, keccak256
 from bsns.protocol.sampling import SamplingParameters
 from bsns.v1 import common_pb2, execution_pb2, execution_pb2_grpc
@@ -37,6 +37,9 @@ class Misbehaviour:
     refuse_at_stage: int | None = None
     forge_statement: bool = False
     swap_token: bool = False
+    accept_too_many: bool = False
+    accept_more_than_drafted: bool = False
+    claim_more_tokens: bool = False
     break_stream_after: int | None = None
     silent_desk: bool = False
     commit_nothing: bool = False
@@ -53,6 +56,8 @@ class SyntheticSwarm:
     network: RecordedNetwork
     wrong: Misbehaviour = field(default_factory=Misbehaviour)
     opened: dict[bytes, execution_pb2.InputOpening] = field(default_factory=dict)
+    shown: dict[int, bytes] = field(default_factory=dict)
+    """By stage the prompt that it was shown when a session was opened."""
     flights: dict[bytes, RequestInFlight] = field(default_factory=dict)
     closed: set[bytes] = field(default_factory=set)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
@@ -101,6 +106,7 @@ class SyntheticSwarm:
             )
             flight.prompt_digest = opening.prompt_digest
             flight.prompt_tokens = opening.prompt_tokens
+            flight.speculates = not self.wrong.wait_for_close
             flight.work = self.network.honest_work(flight)
             self.flights[request_id] = flight
         return self.flights[request_id]
@@ -180,6 +186,7 @@ class SyntheticNode(execution_pb2_grpc.ShardExecutionServicer):
             await refuse(context, "ERROR_REASON_INPUT_COMMITMENT_MISMATCH", "the opening is not that of the request")
         await self._check_token(request.request_id, request.token, commitment, onchain.requester, context)
         self._swarm.opened[request.request_id] = opening
+        self._swarm.shown[self._stage] = bytes(request.prompt)
         return execution_pb2.OpenSessionResponse(cache_bytes=1)
 
     async def Forward(self, request_iterator: Any, context: Any) -> AsyncIterator[execution_pb2.ForwardResponse]:
@@ -194,13 +201,18 @@ class SyntheticNode(execution_pb2_grpc.ShardExecutionServicer):
         )
         flight = self._swarm.flight(request_id, opening)
         sent = 0
-        for step, token in enumerate(flight.answer):
+        for step, (tokens, drafts) in enumerate(flight.steps):
             if wrong.break_stream_after == step:
                 self._swarm.ended(request_id).set()
                 await refuse(context, "ERROR_REASON_PEER_UNAVAILABLE", "stage 1 is gone")
-            shown = token + 1 if wrong.swap_token and step == 1 else token
+            newest = tokens[-1] + 1 if wrong.swap_token and step == 1 else tokens[-1]
+            accepted = len(tokens) - 1 + (wrong.accept_too_many and step == 1)
+            if wrong.accept_more_than_drafted and step == 1:
+                accepted = 9
             yield execution_pb2.ForwardResponse(
-                token=execution_pb2.OutputToken(request_id=request_id, step=step, token_id=shown)
+                output=execution_pb2.StepOutput(
+                    request_id=request_id, step=step, accepted=accepted, token_ids=(newest, *drafts)
+                )
             )
             sent += 1
             if wrong.wait_for_close and step == 1:
@@ -209,9 +221,7 @@ class SyntheticNode(execution_pb2_grpc.ShardExecutionServicer):
                 flight.work = self._swarm.network.honest_work(flight)
                 break
         last = self._swarm.network.stages - 1
-        chain = ZERO_HASH
-        for token in flight.answer:
-            chain = extend_chain(chain, content_digest(token_bytes([token])))
+        chain = flight.work[last].evidence.steps[sent - 1].output_chain
         statement = self._statement(request_id, last, True, sent - 1, chain)
         if wrong.forge_statement:
             statement.signature = self._signer.sign_digest(keccak256(b"something else"))
@@ -219,13 +229,17 @@ class SyntheticNode(execution_pb2_grpc.ShardExecutionServicer):
             common_pb2.FINISH_REASON_CANCELLED
             if request_id in self._swarm.closed
             else common_pb2.FINISH_REASON_LENGTH
-            if sent == opening.sampling.maximum_tokens
+            if len(flight.answer) == opening.sampling.maximum_tokens
             else common_pb2.FINISH_REASON_STOP
         )
         self._swarm.ended(request_id).set()
         yield execution_pb2.ForwardResponse(
             ended=execution_pb2.SessionEnded(
-                request_id=request_id, steps=sent, finish_reason=reason, statement=statement
+                request_id=request_id,
+                steps=sent,
+                tokens=len(flight.answer) + wrong.claim_more_tokens,
+                finish_reason=reason,
+                statement=statement,
             )
         )
         await asyncio.sleep(0.5)  # the requester hangs up, not the node

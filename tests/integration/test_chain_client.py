@@ -19,6 +19,7 @@ from bsns.chain.deployment import ETHER, Deployment, EscrowTerms, Terms, deploy
 from bsns.chain.errors import (
     ChainUnavailableError,
     ContractError,
+    EndpointRefusedError,
     InsufficientFundsError,
     UnknownBlockError,
     WrongChainError,
@@ -250,3 +251,48 @@ def test_artifacts_carry_every_contract_below_the_size_limit() -> None:
         artifact = contract_artifact(name)
         assert artifact.abi
         assert len(bytes.fromhex(artifact.bytecode[2:])) < 2 * 24_576
+
+
+async def test_state_by_hash_is_that_of_the_block_and_of_no_other_fork(network: Network) -> None:
+    client, escrow = network.client, network.deployment.inference_escrow
+    before = await client.head()
+    snapshot = await network.anvil.rpc("evm_snapshot")
+    await network.anvil.mine()  # the next line changes the newest state without a block of its own
+    await network.anvil.rpc("anvil_setBalance", escrow, hex(7))
+    await network.anvil.mine()
+    after = await client.head()
+    assert await client.balance(escrow, block=before.hash) == 0
+    assert await client.balance(escrow, block=after.hash) == await client.balance(escrow) == 7
+    terms = await client.call("InferenceEscrow", "terms", block=before.hash)
+    assert terms == await client.call("InferenceEscrow", "terms")
+    node = address("0x" + "11" * 20)
+    assert (await client.call("NodeRegistry", "accountOf", node, block=after.hash)).staked == 0
+    with pytest.raises(ContractError) as caught:
+        await client.call("ShardAssignments", "modelOf", bytes([1] * 32), block=after.hash)
+    assert caught.value.name == "ModelUnknown"
+    await network.anvil.rpc("evm_revert", snapshot)
+    await network.anvil.pass_time(3)
+    await network.anvil.mine()
+    assert (await client.head()).number == after.number
+    with pytest.raises(EndpointRefusedError):
+        await client.balance(escrow, block=after.hash)
+    with pytest.raises(EndpointRefusedError):
+        await client.call("NodeRegistry", "stakeOf", node, block=after.hash)
+
+
+async def test_log_with_text_that_is_no_utf8_is_read_with_escapes(network: Network) -> None:
+    """A contract takes any bytes for a string, so that one bad name would hide the logs of everybody."""
+    submitter = network.submitter
+    await submitter.submit("ShardAssignments", "registerModel", bytes([1] * 32), bytes([2] * 32), 3, "grüezi")
+    data = network.client._contracts["ShardAssignments"].encode_abi(
+        "registerModel", args=[bytes([3] * 32), bytes([4] * 32), 5, "ZZZZ"]
+    )
+    call = {"from": network.operator.address, "to": network.deployment.shard_assignments}
+    await network.anvil.rpc("anvil_impersonateAccount", network.operator.address)
+    sent = await network.anvil.rpc("eth_sendTransaction", {**call, "data": data.replace("5a5a5a5a", "c35a28ff")})
+    receipt = await network.client.receipt(bytes.fromhex(sent[2:]))
+    assert receipt is not None
+    events = await network.client.events_between(0, receipt.block_number, name="ModelRegistered")
+    assert [item.arguments["name"] for item in events] == ["grüezi", "\\xc3Z(\\xff"]
+    assert events[-1] in await network.client.events(receipt.block_hash)
+    assert receipt.events == events[-1:]

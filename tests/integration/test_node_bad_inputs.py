@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
 
-from bsns.protocol.commitments import content_digest, token_bytes
+from bsns.protocol.commitments import content_digest, step_digest, token_bytes
 from bsns.protocol.sampling import SamplingParameters
 from bsns.protocol.typed_data import EVIDENCE_QUERY, signing_digest
 from bsns.v1 import common_pb2, execution_pb2
@@ -209,7 +209,7 @@ async def test_activations_of_a_stranger_or_rubbish_of_a_peer_are_rejected(netwo
                 "stage": 1,
                 "encoding": common_pb2.TENSOR_ENCODING_RAW_FLOAT32,
                 "payload": payload,
-                "digest": content_digest(payload),
+                "digest": step_digest(payload, changed.get("position", 0), changed.get("rows", rows)),
                 **changed,
             },
         )

@@ -106,7 +106,7 @@ async def test_eight_bit_weights_and_compressed_activations_are_judged_in_their_
         opened = await network.open_request(plan, PROMPTS[2], SamplingParameters(maximum_tokens=12))
         answer = await network.ask(opened, ("a", "b", "c"))
         assert answer.ended is not None
-        assert len(answer.tokens) == answer.ended.steps
+        assert len(answer.tokens) == answer.ended.tokens
         await network.draw(opened)
         attested = await reveals(network, opened, "AttestationRevealed", 9)
         staged = {

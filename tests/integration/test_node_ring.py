@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bsns.chain.submitter import Submitter
-from bsns.protocol.commitments import EvidenceBuilder, content_digest, sketch_seed
+from bsns.protocol.commitments import EvidenceBuilder, sketch_seed, step_digest
 from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import ZERO_HASH, RequestId
 from bsns.protocol.sampling import SamplingParameters
@@ -66,7 +66,8 @@ async def test_ring_of_three_stages_gives_the_tokens_of_one_process_and_survives
         assert answer.tokens == expected
         assert answer.rejected is None
         assert answer.ended is not None
-        assert answer.ended.steps == len(expected)
+        assert answer.ended.tokens == len(expected)
+        assert answer.ended.steps == len(answer.outputs)
         assert answer.ended.finish_reason == common_pb2.FINISH_REASON_STOP, "the tiny model draws its end token"
         assert len(answer.ended.statement.signature) == 65
         assert answer.receipts, "stage 0 signs for the prompt"
@@ -121,7 +122,7 @@ async def test_one_stage_ring_repeated_prompt_and_cancel(tmp_path: Path) -> None
             await call.write(network.prompt_frame(opened))
             again = await read_answer(call)
             call.cancel()
-            assert (again.tokens, again.ended) == (answer.tokens, answer.ended)
+            assert (again.outputs, again.ended) == (answer.outputs, answer.ended)
 
         sampled = SamplingParameters(temperature=1.5, seed=3, maximum_tokens=40)
         other = await network.open_request(plan, PROMPT, sampled)
@@ -133,17 +134,18 @@ async def test_one_stage_ring_repeated_prompt_and_cancel(tmp_path: Path) -> None
             closed = await stub.CloseSession(
                 execution_pb2.CloseSessionRequest(request_id=other.id, token=network.token(other)), timeout=20
             )
-            rest = await read_answer(call, tokens_before=2)
+            rest = await read_answer(call, before=first)
             call.cancel()
             assert rest.ended is not None
-            assert rest.ended.steps == closed.steps == len(first.tokens) + len(rest.tokens)
+            assert rest.ended.steps == closed.steps == len(rest.outputs)
+            assert rest.ended.tokens == len(rest.tokens)
         # Not sampled: nobody attests, the executor reveals on its own.
         for item in (opened, other):
             await network.draw(item)
         (revealed,) = await reveals(network, opened, "StageRevealed", 1)
         assert revealed.arguments["outputTokens"] == len(expected)
         (revealed,) = await reveals(network, other, "StageRevealed", 1)
-        assert revealed.arguments["outputTokens"] == closed.steps
+        assert revealed.arguments["outputTokens"] == rest.ended.tokens
 
 
 class LyingExecutor:
@@ -199,10 +201,11 @@ def sealed_with_invented_inputs(store: EvidenceStore, executor: StageExecutor) -
         for step in store.steps(request, stage).steps:
             encoding, data = store.step_input(request, stage, step.step)
             invented = (np.frombuffer(data, "<f4") * np.float32(1.5)).tobytes()
+            session.truncate(step.position)
             output = executor.forward(session, decode_input(executor, invented, step.rows), position=step.position)
             payload = activation_codec.encode(TensorEncoding.RAW_FLOAT32, output)
-            digests = content_digest(invented), content_digest(payload)
-            leaf = builder.add(step.rows, *digests, sketch.add(output.detach().numpy()))
+            digests = (step_digest(item, step.position, step.rows) for item in (invented, payload))
+            leaf = builder.add(step.rows, *digests, sketch.add(output.detach().numpy()), position=step.position)
             store.add_step(request, stage, leaf, encoding, invented)
         root = builder.finish().root
         seal(request, stage, StageResult(root, sketch.value(), result.salt, result.output_tokens))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from bsns.audit import export, verify
+from bsns.protocol.commitments import token_bytes
 from bsns.protocol.sampling import SamplingParameters
 from bsns.requester import (
     AnswerInvalidError,
@@ -41,7 +42,7 @@ SAMPLING = SamplingParameters(maximum_tokens=8)
 
 @contextlib.asynccontextmanager
 async def running(
-    state: Path, wrong: Misbehaviour | None = None, *, sampled: bool = True
+    state: Path, wrong: Misbehaviour | None = None, *, sampled: bool = True, share_prompt: bool = True
 ) -> AsyncIterator[tuple[SyntheticSwarm, Client]]:
     terms = quick_terms(sampling_rate_bps=10_000 if sampled else 0)
     async with (
@@ -50,7 +51,12 @@ async def running(
         asyncio.timeout(90),
     ):
         client = await Client.connect(
-            network.anvil.rpc_url, network.deployment, network.requester, state, limits=LIMITS
+            network.anvil.rpc_url,
+            network.deployment,
+            network.requester,
+            state,
+            limits=LIMITS,
+            share_prompt=share_prompt,
         )
         async with client:
             yield swarm, client
@@ -82,6 +88,15 @@ async def test_request_honest_network_answers_and_settles(tmp_path: Path) -> Non
         assert record.tokens.answer == ANSWER
         assert record.has_full_evidence
         assert [item for item in await verify(record, client.chain, client.deployment) if not item.ok] == []
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+async def test_request_shows_its_prompt_to_the_last_stage_unless_it_declines(
+    tmp_path: Path, share_prompt: bool
+) -> None:
+    async with running(tmp_path, sampled=False, share_prompt=share_prompt) as (swarm, client):
+        await client.request(PROMPT, SAMPLING, wait_for_settlement=False)
+        assert swarm.shown == {0: b"", 1: b"", 2: token_bytes(PROMPT) if share_prompt else b""}
 
 
 async def test_request_secrets_are_on_disk_before_the_deposit_is_paid(tmp_path: Path) -> None:
@@ -139,10 +154,21 @@ async def test_request_stage_that_refuses_is_named_with_the_way_back(tmp_path: P
             await client.refund(caught.value.request_id)
 
 
-@pytest.mark.parametrize("wrong", [Misbehaviour(forge_statement=True), Misbehaviour(swap_token=True)])
-async def test_request_tokens_that_the_last_stage_did_not_sign_are_refused(tmp_path: Path, wrong: Misbehaviour) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Misbehaviour(forge_statement=True), "not signed by the last stage"),
+        (Misbehaviour(swap_token=True), "not those that the last stage signed"),
+        (Misbehaviour(accept_too_many=True, claim_more_tokens=True), "not those that the last stage signed"),
+        (Misbehaviour(accept_more_than_drafted=True), "accepts 9 of 2 drafts"),
+        (Misbehaviour(claim_more_tokens=True), "ended with 4 tokens"),
+    ],
+)
+async def test_request_tokens_that_the_last_stage_did_not_sign_are_refused(
+    tmp_path: Path, wrong: Misbehaviour, message: str
+) -> None:
     async with running(tmp_path, wrong) as (_, client):
-        with pytest.raises(AnswerInvalidError, match="sign"):
+        with pytest.raises(AnswerInvalidError, match=message):
             await client.request(PROMPT, SAMPLING)
         (entry,) = Journal(tmp_path).entries()
         assert (entry.stage, entry.answer) == ("opened", ())
@@ -161,9 +187,9 @@ async def test_request_that_nobody_routes_expires_with_the_way_back(tmp_path: Pa
 
 
 async def test_request_stream_that_breaks_after_tokens_still_comes_to_an_end(tmp_path: Path) -> None:
-    async with running(tmp_path, Misbehaviour(break_stream_after=2)) as (_, client):
+    async with running(tmp_path, Misbehaviour(break_stream_after=1)) as (_, client):
         answer = await client.request(PROMPT, SAMPLING)
-        assert answer.token_ids == ANSWER[:2]
+        assert answer.token_ids == ANSWER[:1]
         assert answer.finish_reason == "interrupted"
         assert answer.status == "Settled"
 

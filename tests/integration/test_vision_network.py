@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bsns.protocol.commitments import content_digest, token_bytes
+from bsns.protocol.commitments import step_digest, token_bytes
 from bsns.protocol.record import VerificationRecord
 from tests.integration.network import Network, run_command, running_network
 from tests.integration.vision_model import LABELS, SKIPPING, save_picture
@@ -41,7 +41,7 @@ async def test_pictures_get_the_whole_models_labels_and_their_records_verify(tmp
             assert record.conclusion is not None
             assert record.conclusion.accepted
             assert (record.request.prompt_tokens, record.conclusion.output_tokens) == (1, 1)
-            assert record.evidence[-1].steps[0].output_digest == content_digest(token_bytes([LABELS.index(label)]))
+            assert record.evidence[-1].steps[0].output_digest == step_digest(token_bytes([LABELS.index(label)]), 1, 1)
             assert record.payment is not None
             payment = record.payment
             paid = payment.paid_to_executors + payment.paid_to_verifiers + payment.protocol_fee

@@ -38,7 +38,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
 
 def records() -> st.SearchStrategy[VerificationRecord]:
     hints = dict(module._field_types(VerificationRecord))
-    fixed = {"format": st.just(1), "tokens": st.none(), "evidence": st.just(())}
+    fixed = {"format": st.just(module.RECORD_FORMAT), "tokens": st.none(), "evidence": st.just(())}
     return st.builds(
         VerificationRecord, **{name: fixed[name] if name in fixed else values(hint) for name, hint in hints.items()}
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -210,3 +210,30 @@ async def test_step_whose_caller_has_gone_is_not_run(thread: ComputeThread) -> N
     executor.open.set()
     assert await kept == [4]
     assert executor.batches == [[1], [1]]
+
+
+async def test_result_is_delivered_before_its_caller_goes_on_and_what_that_raises_is_the_callers(
+    thread: ComputeThread,
+) -> None:
+    order: list[str] = []
+
+    async def step(deliver: Callable[[int], None]) -> None:
+        await thread.step(
+            Executor(),  # type: ignore[arg-type]
+            Session(),  # type: ignore[arg-type]
+            position=0,
+            rows=1,
+            prepare=lambda: torch.tensor([1]),
+            finish=lambda outputs: int(outputs[0]),
+            deliver=deliver,
+        )
+        order.append("caller")
+
+    await step(lambda result: order.append(f"delivered {result}"))
+    assert order == ["delivered 2", "caller"]
+
+    def refuse(_result: int) -> None:
+        raise ValueError("not wanted")
+
+    with pytest.raises(ValueError, match="not wanted"):
+        await step(refuse)

@@ -43,10 +43,32 @@ def test_sealed_stage_after_reopening_is_complete(tmp_path: Path) -> None:
     store.close()
 
 
+def test_outputs_that_are_kept_survive_and_count_against_the_budget(tmp_path: Path) -> None:
+    path = tmp_path / "e.sqlite"
+    store = filled(path)
+    used = store.bytes_used
+    step = store.steps(REQUEST, 1).steps[1]
+    with pytest.raises(StorageFullError):
+        store.add_step(REQUEST, 1, step, 2, b"", b"x" * BUDGET)
+    store.add_step(REQUEST, 1, step, 2, b"x" * 4, b"tokens")
+    store.seal(REQUEST, 1, RESULT)
+    store.close()
+    store = EvidenceStore(path, BUDGET)
+    assert (store.step_output(REQUEST, 1, 0), store.step_output(REQUEST, 1, 1)) == (None, b"tokens")
+    assert store.bytes_used == used + len(b"tokens")
+    store.forget(REQUEST)
+    assert store.step_output(REQUEST, 1, 1) is None
+    assert store.bytes_used == 0
+    store.close()
+
+
 def test_unsealed_stage_after_reopening_is_gone(tmp_path: Path) -> None:
-    filled(tmp_path / "e.sqlite").close()
+    store = filled(tmp_path / "e.sqlite")
+    store.add_step(REQUEST, 1, store.steps(REQUEST, 1).steps[1], 2, b"", b"tokens")
+    store.close()
     store = EvidenceStore(tmp_path / "e.sqlite", BUDGET)
     assert store.sealed_stages() == ()
+    assert store.step_output(REQUEST, 1, 1) is None
     assert store.bytes_used == 0
     store.close()
 

@@ -43,6 +43,7 @@ def test_a_settings_file_that_is_not_there_is_refused(tmp_path: Path, monkeypatc
         {"listen": "0.0.0.0:4000"},
         {"coordinator": "coordinator.example:4000"},
         {"threads": 0},
+        {"speculation_tokens": 17},
         {"gas_balance_minimum_wei": 10**18},
         {"unknown": 1},
         {"password": "x", "log_level": "loud"},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bsns.protocol.manifest import ModelManifest
+from bsns.protocol.plan import execution_class_id
 from bsns.protocol.sampling import SamplingParameters
 from bsns.protocol.sketch import SketchError
 from bsns.runtime.activation_codec import ActivationError, TensorEncoding
@@ -21,8 +22,10 @@ from bsns.runtime.executor import BatchStep, forward_each
 from bsns.v1 import common_pb2
 from node_client.errors import ErrorReason, Refusal
 from node_client.evidence_store import InputOpening
+from node_client.prompt_lookup import Drawn, SpeculatedAnswer
 from node_client.session_store import Session
 from node_client.shard_runtime import (
+    Rows,
     ShardRuntime,
     decode_input,
     encoding_of_input,
@@ -132,24 +135,34 @@ async def test_step_of_inner_stage_gives_its_rows_and_of_the_last_a_class(tmp_pa
     runtime = ShardRuntime(tmp_path, threads=1, weight_memory_bytes=1)
     try:
         row = np.ones((1, 12), "<f4").tobytes()
-        greedy = SamplingParameters(maximum_tokens=1)
-        inner = await runtime.step(
-            _Stage(VISION, 0, 1), _NewSession(), row, rows=1, position=0, step=0, sampling=greedy
-        )  # type: ignore[arg-type]
+        answer = SpeculatedAnswer(SamplingParameters(maximum_tokens=1), ())
+
+        def take(logits: Rows) -> Drawn:
+            return answer.take(logits, 4)
+
+        inner = await runtime.step(_Stage(VISION, 0, 1), _NewSession(), row, rows=1, position=0, take=take)  # type: ignore[arg-type]
         expected = (12 + np.arange(20)).astype("<f4")
         assert inner.payload == expected.tobytes()
         assert inner.encoding is TensorEncoding.RAW_FLOAT32
-        assert inner.token is None
+        assert inner.drawn is None
+        assert (inner.position, inner.rows) == (0, 1)
+        assert inner.digest == hashlib.sha256(inner.payload).digest()
         last = await runtime.step(
-            _Stage(VISION, 1, 3), _NewSession(), inner.payload, rows=1, position=0, step=0, sampling=greedy  # type: ignore[arg-type]
+            _Stage(VISION, 1, 3), _NewSession(), inner.payload, rows=1, position=0, take=take  # type: ignore[arg-type]
         )  # fmt: skip
-        assert last.token == 4
+        assert last.drawn == Drawn((4,), ())
         assert last.payload == (4).to_bytes(4, "little")
-        for output in (inner, last):
-            assert output.digest == hashlib.sha256(output.payload).digest()
+        assert (last.position, last.rows) == (1, 1)
+        where = (1).to_bytes(4, "little") * 2
+        assert last.digest == hashlib.sha256(last.payload + where).digest(), "position and rows are signed for"
         with pytest.raises(Refusal) as refused:
             await runtime.step(
-                _Stage(VISION, 0, 1), _NewSession(), row[4:], rows=1, position=0, step=0, sampling=greedy
+                _Stage(VISION, 0, 1),
+                _NewSession(),
+                row[4:],
+                rows=1,
+                position=0,
+                take=take,
             )  # type: ignore[arg-type]
         assert refused.value.reason == ErrorReason.ERROR_REASON_MALFORMED_TENSOR
     finally:
@@ -183,6 +196,16 @@ async def test_session_of_a_vision_model_takes_a_row_first_and_tokens_back_at_st
     )
     for step, (encoding, size) in enumerate(zip(encodings, sizes, strict=True)):
         assert encoding in session.encodings_of(step)
-        assert session.input_bytes_of(step, encoding) == size
+        assert session.input_bytes_of(step, 1, encoding) == size
     assert session.is_final(3, 1)
     assert session.reason_of(3) == common_pb2.FINISH_REASON_LENGTH
+
+
+def test_class_of_a_stage_names_the_kind_of_device_and_not_its_number(tmp_path: Path) -> None:
+    runtime = ShardRuntime(tmp_path, threads=1, weight_memory_bytes=1, device="cuda:1")
+    try:
+        assert runtime._arithmetic_of(execution_class_id("torch-cuda/bfloat16/sdpa"), TEXT) == "bfloat16"
+        with pytest.raises(Refusal, match="torch-cuda/"):
+            runtime._arithmetic_of(execution_class_id("torch-cpu/float32/sdpa"), TEXT)
+    finally:
+        runtime.close()

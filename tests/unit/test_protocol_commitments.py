@@ -25,36 +25,48 @@ from bsns.protocol.identifiers import (
 from bsns.protocol.merkle import verify
 
 digests = st.binary(min_size=32, max_size=32)
+Step = tuple[int, bytes, bytes, bytes, int]
+# The last number says how many rows of a step are not kept, as far as it has so many.
 rows = st.lists(
-    st.tuples(st.integers(1, 9), digests, digests, st.binary(min_size=8, max_size=8)), min_size=1, max_size=12
+    st.tuples(st.integers(1, 9), digests, digests, st.binary(min_size=8, max_size=8), st.integers(0, 9)),
+    min_size=1,
+    max_size=12,
 )
 
 
-def evidence(steps: list[tuple[int, bytes, bytes, bytes]]) -> StageEvidence:
+def evidence(steps: list[Step]) -> StageEvidence:
     builder = EvidenceBuilder()
-    for item in steps:
-        builder.add(*item)
+    position = 0
+    for count, received, sent, fingerprint, rejected in steps:
+        builder.add(count, received, sent, fingerprint, position=position)
+        position += max(1, count - rejected)
+    return builder.finish()
+
+
+def speculated(*steps: tuple[int, int]) -> StageEvidence:
+    """Evidence of steps at (position, rows)."""
+    builder = EvidenceBuilder()
+    for position, count in steps:
+        builder.add(count, bytes(32), bytes(32), bytes(8), position=position)
     return builder.finish()
 
 
 @given(rows)
 @settings(deadline=None, max_examples=40)
-def test_evidence_built_step_by_step_is_accepted_and_proven(steps: list[tuple[int, bytes, bytes, bytes]]) -> None:
+def test_evidence_built_step_by_step_is_accepted_and_proven(steps: list[Step]) -> None:
     built = evidence(steps)
     assert StageEvidence(built.steps).root == built.root
     for index, step in enumerate(built.steps):
         assert verify(built.root, step.leaf, built.tree.proof(index))
     chain = bytes(32)
-    for step, (_, received, _, _) in zip(built.steps, steps):
+    for step, (_, received, *_) in zip(built.steps, steps):
         chain = keccak256(chain + received)
         assert step.input_chain == chain
 
 
 @given(rows, st.data())
 @settings(deadline=None, max_examples=100)
-def test_evidence_with_one_field_changed_is_refused_or_has_another_root(
-    steps: list[tuple[int, bytes, bytes, bytes]], data: st.DataObject
-) -> None:
+def test_evidence_with_one_field_changed_is_refused_or_has_another_root(steps: list[Step], data: st.DataObject) -> None:
     built = evidence(steps)
     index = data.draw(st.integers(0, len(built.steps) - 1))
     step = built.steps[index]
@@ -72,6 +84,64 @@ def test_evidence_with_one_field_changed_is_refused_or_has_another_root(
 def test_evidence_without_steps_is_refused() -> None:
     with pytest.raises(ProtocolError, match="at least one step"):
         EvidenceBuilder().finish()
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ((1, 3),),
+        ((0, 3), (4, 1)),
+        ((0, 3), (0, 1)),
+        ((0, 3), (3, 4), (3, 1)),
+        ((0, 3), (3, 4), (8, 1)),
+        ((0, 3), (3, 4), (2, 1)),
+        ((0, 3), (3, 0)),
+    ],
+    ids=["begins late", "gap", "keeps nothing of the prompt", "keeps nothing", "keeps too much", "goes back", "empty"],
+)
+def test_evidence_whose_steps_do_not_follow_one_another_is_refused(steps: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ProtocolError, match="has position"):
+        speculated(*steps)
+
+
+def test_kept_rows_follow_from_positions_and_the_number_of_tokens() -> None:
+    assert commitments.kept_rows(speculated((0, 5)), 5, 1, 8) == (5,)
+    built = speculated((0, 5), (5, 1), (6, 4), (8, 3))
+    for tokens, last in ((5, 1), (6, 2), (7, 3)):
+        assert commitments.kept_rows(built, 5, tokens, 8) == (5, 1, 2, last)
+
+
+@pytest.mark.parametrize(
+    ("steps", "prompt", "tokens", "maximum", "message"),
+    [
+        (((0, 5),), 5, 2, 8, "6 of the 5 rows of step 0"),
+        (((0, 5),), 4, 1, 8, "the prompt 4"),
+        (((0, 5), (4, 1)), 5, 2, 8, "4 of the 5 rows of step 0"),
+        (((0, 5), (5, 3)), 5, 1, 8, "2 steps for 1 answer tokens"),
+        (((0, 5), (5, 3)), 5, 5, 8, "4 of the 3 rows of step 1"),
+        (((0, 5), (5, 3)), 5, 9, 8, "of which 8 are paid"),
+        (((0, 5), (5, 4), (6, 1)), 5, 2, 8, "3 steps for 2"),
+        (((0, 5), (5, 18)), 5, 3, 99, "at most 17"),
+        (((0, 5), (5, 4)), 5, 3, 4, "behind the 4 tokens that are paid"),
+    ],
+)
+def test_kept_rows_of_steps_that_are_no_answer_are_refused(
+    steps: tuple[tuple[int, int], ...], prompt: int, tokens: int, maximum: int, message: str
+) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        commitments.kept_rows(speculated(*steps), prompt, tokens, maximum)
+
+
+def test_step_digest_covers_position_and_rows_behind_the_prompt() -> None:
+    assert commitments.step_digest(b"abc", 0, 7) == commitments.content_digest(b"abc")
+    digests = {commitments.step_digest(b"abc", position, rows) for position in (0, 1, 2) for rows in (1, 2)}
+    assert len(digests) == 5
+
+
+def test_token_ids_are_read_back_and_no_part_of_one() -> None:
+    assert commitments.token_ids(commitments.token_bytes([1, 2**31, 7])) == (1, 2**31, 7)
+    with pytest.raises(ProtocolError, match="5 bytes"):
+        commitments.token_ids(b"12345")
 
 
 def test_token_bytes_are_little_endian_int32() -> None:

@@ -56,11 +56,14 @@ def test_journal_entry_with_a_row_of_values_reads_back_equal(tmp_path: Path) -> 
     assert journal.read(written.request_id) == written
 
 
-def test_journal_entry_of_the_format_that_knew_token_ids_only_is_read(tmp_path: Path) -> None:
+def test_journal_entry_of_formats_without_drafts_and_with_token_ids_only_is_read(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.write(entry())
     (path,) = (tmp_path / "requests").iterdir()
     content = json.loads(path.read_text())
+    del content["drafts"]
+    path.write_text(json.dumps({**content, "format": 2}))
+    assert journal.read(entry().request_id) == entry()
     del content["input"]
     path.write_text(json.dumps({**content, "format": 1, "prompt": [1, 2, 3]}))
     assert journal.read(entry().request_id) == entry()
@@ -100,6 +103,7 @@ def test_journal_damaged_file_is_refused(tmp_path: Path, content: str) -> None:
 def test_journal_rewrite_replaces_the_entry(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.write(entry())
-    journal.write(dataclasses.replace(entry(), stage="answered", answer=(9,), text="x"))
-    assert journal.read(entry().request_id).answer == (9,)
+    answered = dataclasses.replace(entry(), stage="answered", answer=(9,), drafts=((7, 8), ()), text="x")
+    journal.write(answered)
+    assert journal.read(entry().request_id) == answered
     assert len(list((tmp_path / "requests").iterdir())) == 1

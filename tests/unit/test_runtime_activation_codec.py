@@ -17,6 +17,7 @@ from bsns.runtime.activation_codec import (
     OUTLIERS_PER_ROW,
     ActivationError,
     TensorEncoding,
+    can_be_handed_on,
     decode,
     dynamic_map,
     encode,
@@ -314,6 +315,49 @@ def test_random_bytes_of_the_right_length_give_finite_values_or_a_refusal(
         return
     assert tensor.shape == (rows, WIDTH)
     assert torch.isfinite(tensor).all()
+
+
+_BETWEEN_STAGES = (TensorEncoding.RAW_FLOAT32, TensorEncoding.FLOAT16, TensorEncoding.BLOCKWISE_INT8)
+
+
+@pytest.mark.parametrize("encoding", _BETWEEN_STAGES)
+@given(
+    rows=st.integers(1, 4),
+    width=st.integers(128, 600),
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.floats(0, 3),
+    largest=st.sampled_from([1.0, 100.0]),
+    noise=st.sampled_from([0.0, 1e-6, 1e-5, 1e-4]),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_with_float_noise_can_be_handed_on_in_any_encoding(
+    encoding: TensorEncoding, rows: int, width: int, seed: int, spread: float, largest: float, noise: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.randn(rows, width, generator=generator) * torch.exp(
+        spread * torch.randn(rows, width, generator=generator)
+    )
+    tensor[:, width // 2] *= largest
+    other = torch.randn(rows, width, generator=generator)
+    other *= noise * tensor.norm(dim=1, keepdim=True) / other.norm(dim=1, keepdim=True)
+    # In float32 the sum itself rounds.
+    assert can_be_handed_on(encoding, encode(encoding, tensor + other), tensor, noise + 2**-23)
+
+
+@pytest.mark.parametrize("encoding", _BETWEEN_STAGES)
+def test_other_rows_cannot_be_handed_on(encoding: TensorEncoding) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensor = torch.randn(3, 576, generator=generator)
+    for share in (0.03, 0.1, 1.0):
+        changed = tensor.clone()
+        changed[1] += share * torch.randn(576, generator=generator)
+        assert not can_be_handed_on(encoding, encode(encoding, changed), tensor, 1e-4)
+    for changed in (torch.zeros_like(tensor), -tensor, tensor.roll(1, 0), tensor.roll(1, 1)):
+        assert not can_be_handed_on(encoding, encode(encoding, changed), tensor, 1e-4)
+    size = encoded_size(encoding, (3, 576))
+    assert not can_be_handed_on(encoding, bytes(size), tensor, 1e-4)
+    assert not can_be_handed_on(encoding, b"\xff" * size, tensor, 1e-4)
+    assert not can_be_handed_on(encoding, encode(encoding, tensor)[:-1], tensor, 1e-4)
 
 
 def test_decoded_tensor_does_not_share_the_received_bytes() -> None:

@@ -98,10 +98,37 @@ def test_reexecution_gives_each_steps_outputs(store: WeightStore, first: int, en
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("first", "end"), [(0, 3), (3, 6), (2, 4)])
+@pytest.mark.parametrize("chunk_rows", [256, 4, 1])
+def test_reexecution_of_steps_that_take_rows_back_gives_what_each_step_gave(
+    store: WeightStore, first: int, end: int, chunk_rows: int
+) -> None:
+    stage = StageExecutor(store, first, end)
+    generator = torch.Generator().manual_seed(3)
+    session, steps, outputs = stage.new_session(40), [], []
+    for position, rows in ((0, 7), (7, 1), (8, 5), (10, 1), (11, 5), (16, 3), (17, 4), (18, 2), (20, 1)):
+        inputs = (
+            torch.randn(rows, 32, generator=generator) if first else torch.randint(0, 97, (rows,), generator=generator)
+        )
+        asked = rows if position else 1
+        session.truncate(position)
+        steps.append(StepInput(position, inputs, asked))
+        wanted = range(rows - asked, rows) if stage.has_head else None
+        outputs.append(stage.forward(session, inputs, position=position, logit_rows=wanted))
+    again = reexecute(stage, steps, chunk_rows=chunk_rows)
+    assert [tuple(tensor.shape) for tensor in again] == [tuple(tensor.shape) for tensor in outputs]
+    for expected, actual in zip(outputs, again, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_reexecution_refuses_missing_steps(store: WeightStore) -> None:
     stage = StageExecutor(store, 0, 2)
-    with pytest.raises(ExecutionError, match="step 1 starts at position 4, expected 3"):
+    with pytest.raises(ExecutionError, match="step 1 starts at position 4, expected 1 to 3"):
         list(iterate_reexecution(stage, [StepInput(0, torch.tensor([1, 2, 3])), StepInput(4, torch.tensor([1]))]))
+    for position in (0, 3, 9):  # of step 1, at positions 3 to 5, at least one row is kept
+        steps = [StepInput(0, torch.tensor([1, 2, 3])), StepInput(3, torch.tensor([1, 2, 3]))]
+        with pytest.raises(ExecutionError, match=f"step 2 starts at position {position}, expected 4 to 6"):
+            reexecute(stage, [*steps, StepInput(position, torch.tensor([1]))])
     assert reexecute(stage, []) == []
 
 

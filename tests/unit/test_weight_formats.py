@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from bsns.runtime import weight_formats
-from bsns.runtime.weight_formats import ARITHMETICS, INT8_INPUT_LIMIT, WIDE_CHANNELS, WeightFormatError, pack
+from bsns.runtime.row_kernels import RowKernels
+from bsns.runtime.weight_formats import (
+    ARITHMETICS,
+    INT8_INPUT_LIMIT,
+    WIDE_CHANNELS,
+    WeightFormatError,
+    checked_row_kernels,
+    pack,
+)
 
 SHAPES = [(1, 1), (1, 7), (17, 33), (960, 576), (5, 4099), (3, 65_536)]
 # The large channel makes the rounding of a few weights the whole error of the int8 outputs, hence the wider bound.
@@ -101,14 +109,63 @@ def test_int8_has_the_same_bits_at_one_and_two_threads(rows: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_int8_has_the_same_bits_where_the_integer_kernel_saturates(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("saturates", [False, True])
+def test_int8_has_the_same_bits_without_row_kernels_and_where_the_integer_kernel_saturates(
+    shape: tuple[int, int], saturates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, bias, inputs = drawn(*shape, rows=5)
-    layer = pack(weight, bias, "int8")
-    output = layer(inputs)
+    output = pack(weight, bias, "int8")(inputs)
+    monkeypatch.setattr(weight_formats, "checked_row_kernels", lambda: None)
+    if saturates:
+        monkeypatch.setattr(weight_formats, "_integer_kernel_is_exact", lambda: False)
+    assert torch.equal(pack(weight, bias, "int8")(inputs), output)
+
+
+def test_int8_large_batch_has_the_same_bits_where_the_integer_kernel_saturates(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias, inputs = drawn(3072, 64, rows=801)
+    output = pack(weight, bias, "int8")(inputs)
     monkeypatch.setattr(weight_formats, "_integer_kernel_is_exact", lambda: False)
-    assert torch.equal(layer(inputs), output)
+    assert torch.equal(pack(weight, bias, "int8")(inputs), output)
+
+
+@pytest.mark.skipif(checked_row_kernels() is None, reason="no row kernels for this processor")
+@pytest.mark.parametrize("arithmetic", ["float32", "int8"])
+def test_few_rows_are_computed_by_row_kernels(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias, inputs = drawn(17, 576, rows=50)
+    layer = pack(weight, bias, arithmetic)
+    used: list[int] = []
+    computed = getattr(RowKernels, arithmetic)
+
+    def noted(kernels: RowKernels, x: Tensor, *others: Tensor) -> Tensor:
+        used.append(len(x))
+        result: Tensor = computed(kernels, x, *others)
+        return result
+
+    monkeypatch.setattr(RowKernels, arithmetic, noted)
+    for rows in (0, 1, 4, 50):
+        layer(inputs[:rows])
+    assert used == [1, 4]
+
+
+def test_float32_without_row_kernels_differs_by_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias, inputs = drawn(960, 576, rows=3)
+    output = pack(weight, bias, "float32")(inputs)
+    monkeypatch.setattr(weight_formats, "checked_row_kernels", lambda: None)
+    assert relative_error(pack(weight, bias, "float32")(inputs), output) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["int8", "float32", "rms_norm"])
+def test_row_kernels_that_compute_something_else_are_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        def __getattr__(self, asked: str) -> object:
+            kernels = checked_row_kernels()
+            right = getattr(kernels, asked)
+            return (lambda *arguments: right(*arguments) * 1.001) if asked == name else right
+
+    if checked_row_kernels() is None:
+        pytest.skip("no row kernels for this processor")
+    monkeypatch.setattr(weight_formats, "row_kernels", lambda _: Wrong())
+    assert checked_row_kernels.__wrapped__() is None
 
 
 def test_int8_at_the_largest_width_and_operands_does_not_overflow() -> None:

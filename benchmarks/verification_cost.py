@@ -1,0 +1,257 @@
+"""What verification costs: bytes kept, time of evidence in every step, time of a full check, gas.
+
+Times are measured in turn with the stage's own decoding, one thread, so that drift of the machine falls on both. The
+evidence of a step has a part that its successor waits for (the digest of what is handed on) and a part that is done
+beside it (sketch, fingerprint, leaf of the Merkle tree), as in `node_client.pipeline`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.result import Figure
+from benchmarks.verification_detection import DECLARED, EXECUTION_CLASS, STAGE_NAMES, sampling_of, texts
+from benchmarks.verification_judge import first_departure, request_seed
+from benchmarks.verification_traces import CUTS, Recording, answer, honest_stages
+from bsns.chain.deployment import VerificationTerms
+from bsns.protocol.commitments import BASIS_POINTS, EvidenceBuilder, content_digest
+from bsns.protocol.sketch import FINGERPRINT_BYTES, TOLERANCES, StageSketch
+from bsns.requester.chat_tokenizer import ChatTokenizer
+from bsns.runtime.decoder_executor import StageExecutor
+from bsns.runtime.executor import iterate_reexecution
+from node_client.evidence_store import EvidenceStore, InputOpening
+
+SNAPSHOTS = Path(__file__).parents[1] / "tests" / "contracts" / "snapshots"
+BATCH_SNAPSHOT = "Batch.json"
+BATCH_KEY = "verified request in a batch of 64"
+"""Where the gas of a batched request will be read from once batches exist: `vm.snapshotGasLastCall` of a test that
+verifies 64 requests at once, divided by 64, written under this name."""
+STEPS = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    prompts: int = 3
+    tokens: int = 128
+    rounds: int = 3
+
+
+QUICK = Size(prompts=1, tokens=16, rounds=1)
+
+
+@dataclass
+class Cost:
+    """Seconds by stage: of decoding one token, of its evidence on and off the critical path, of generating an answer
+    with its prompt, and of checking it. `kept_bytes`: of a middle stage and 32 tokens, by what it is.
+    """
+
+    decode: dict[int, list[float]] = field(default_factory=dict)
+    critical: dict[int, list[float]] = field(default_factory=dict)
+    beside: dict[int, list[float]] = field(default_factory=dict)
+    generation: list[float] = field(default_factory=list)
+    check: list[float] = field(default_factory=list)
+    kept_bytes: dict[str, int] = field(default_factory=dict)
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def _evidence(cost: Cost, stages: list[StageExecutor], prompt: list[int], place: int, tokens: int) -> None:
+    """Decodes one answer; after each token each stage's evidence for it."""
+    answers = answer(stages, [prompt], tokens, [sampling_of(place)])[0]
+    for number, (stage, recording) in enumerate(zip(stages, answers, strict=True)):
+        width, centred = recording.outputs[0].shape[1], number == len(stages) - 1
+        sketch = StageSketch(request_seed(number, "cost"), width, TOLERANCES[EXECUTION_CLASS].unit, centred=centred)
+        builder, session = EvidenceBuilder(), stage.new_session(len(prompt) + tokens)
+        for step in recording.steps:
+            began = time.perf_counter()
+            output = stage.forward(session, step.inputs, position=step.position).numpy()
+            decoded = time.perf_counter()
+            payload = output.tobytes() if not centred else output[-1:, :1].tobytes()
+            digest = content_digest(payload)
+            handed_on = time.perf_counter()
+            fingerprint = sketch.add(output)
+            _ = builder.add(len(step.inputs), digest, digest, fingerprint).leaf
+            recorded = time.perf_counter()
+            if step.position:
+                for times, seconds in (
+                    (cost.decode, decoded - began),
+                    (cost.critical, handed_on - decoded),
+                    (cost.beside, recorded - handed_on),
+                ):
+                    times.setdefault(number, []).append(seconds)
+
+
+def _check(cost: Cost, stages: list[StageExecutor], prompt: list[int], place: int, tokens: int) -> None:
+    """Generates one answer through all stages, then checks all of them as a member does: pass, sketch, draws."""
+    answers: list[list[Recording]] = []
+    sampling, tolerance = sampling_of(place), TOLERANCES[EXECUTION_CLASS]
+    cost.generation.append(_seconds(lambda: answers.extend(answer(stages, [prompt], tokens, [sampling]))))
+
+    def check() -> None:
+        for number, (stage, recording) in enumerate(zip(stages, answers[0], strict=True)):
+            last, logits = number == len(stages) - 1, []
+            width = recording.outputs[0].shape[1]
+            sketch = StageSketch(request_seed(number, "cost"), width, tolerance.unit, centred=last)
+            for output in iterate_reexecution(stage, recording.steps):
+                rows = output.numpy()
+                sketch.add(rows)
+                if last:
+                    logits.append(rows[-1])
+            sketch.value()
+            if last:
+                sent = [int(step.inputs[0]) for step in answers[0][0].steps[1:]]
+                departure = first_departure(logits[:-1], sampling, sent.__getitem__, tolerance.logit_tolerance)
+                assert departure.is_false is None, departure
+
+    cost.check.append(_seconds(check))
+
+
+def kept_bytes(recording: Recording, opening: InputOpening) -> dict[str, int]:
+    """What a stage keeps for its first 32 tokens, in bytes, and the growth of its database file."""
+    steps = recording.steps[:STEPS]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "evidence.sqlite"
+        store = EvidenceStore(path, 1 << 30)
+        empty, builder = path.stat().st_size, EvidenceBuilder()
+        store.open_stage(bytes(32), 1, opening, 0)
+        for step in steps:
+            data = step.inputs.numpy().tobytes()
+            leaf = builder.add(len(step.inputs), content_digest(data), content_digest(data), bytes(FINGERPRINT_BYTES))
+            store.add_step(bytes(32), 1, leaf, 1, data)
+        store.close()
+        grown = path.stat().st_size - empty
+    leaf_bytes = 3 * 4 + 4 * 32
+    return {
+        "fingerprints": FINGERPRINT_BYTES * len(steps),
+        "digests, chains and positions of the leaves": leaf_bytes * len(steps),
+        "inputs, float32 (as exact bytes, so that a committee can execute)": sum(
+            step.inputs.numpy().nbytes for step in steps
+        ),
+        "sketch, salt, root of the sealed result": 32 * 3,
+        "database file": grown,
+    }
+
+
+def measure(folder: Path, size: Size, report: Callable[[str], None]) -> Cost:
+    report("cost: evidence and full checks")
+    torch.set_num_threads(1)
+    cost, tokenizer, stages = Cost(), ChatTokenizer(folder), honest_stages(folder, CUTS, DECLARED)
+    prompts = [tokenizer.prompt_token_ids(text) for text in texts()[: size.prompts]]
+    recording = answer(stages, [prompts[0]], STEPS, [sampling_of(0)])[0][1]
+    opening = InputOpening(bytes(32), len(prompts[0]), sampling_of(0), bytes(32))
+    cost.kept_bytes = kept_bytes(recording, opening)
+    for _ in range(size.rounds):
+        for place, prompt in enumerate(prompts):
+            _evidence(cost, stages, prompt, place, size.tokens)
+            _check(cost, stages, prompt, place, size.tokens)
+    return cost
+
+
+def show(cost: Cost) -> None:
+    print("\nmiddle stage, prompt and 32 tokens, bytes kept")
+    for name, count in cost.kept_bytes.items():
+        print(f"{name:70} {count:9}")
+    print(f"\n{'stage':7} {'decode ms':>10} {'digest µs':>10} {'sketch and leaf µs':>19}   a token, median")
+    for number, name in enumerate(STAGE_NAMES):
+        decode, critical, beside = (statistics.median(it[number]) for it in (cost.decode, cost.critical, cost.beside))
+        print(f"{name:7} {1e3 * decode:10.2f} {1e6 * critical:10.1f} {1e6 * beside:19.1f}")
+
+
+def check_share(cost: Cost) -> float:
+    """What a full check takes over the generation it checks, the median of neighbours."""
+    return statistics.median(check / whole for check, whole in zip(cost.check, cost.generation, strict=True))
+
+
+def _share(name: str, ours: list[float], whole: list[float], goal: str | None, note: str) -> Figure:
+    """The median of ratios of neighbours, in %."""
+    ratios = [100 * mine / all_ for mine, all_ in zip(ours, whole, strict=True)]
+    low, high = np.quantile(ratios, (0.05, 0.95))
+    return Figure(name, statistics.median(ratios), "% of generation", float(low), float(high), len(ratios), goal, note)
+
+
+def figures(cost: Cost, size: Size) -> list[Figure]:
+    kept = cost.kept_bytes["fingerprints"]
+    others = "; ".join(f"{name} {count}" for name, count in cost.kept_bytes.items() if name != "fingerprints")
+    found = [Figure("fingerprints a stage and 32 tokens", kept, "bytes", kept, kept, 1, "<= 258", f"besides: {others}")]
+    all_stages = list(cost.decode)
+    steps = range(len(cost.decode[0]))
+    whole = [sum(cost.decode[stage][step] for stage in all_stages) for step in steps]
+    quantiles = "low and high: 5 % and 95 %"
+    for part, times in (("that the next stage waits for", cost.critical), ("beside it", cost.beside)):
+        together = [sum(times[stage][step] for stage in all_stages) for step in steps]
+        found.append(_share(f"evidence {part}, all stages", together, whole, "<= 0.5", quantiles))
+        for stage, name in enumerate(STAGE_NAMES):
+            found.append(_share(f"evidence {part}, {name} stage", times[stage], cost.decode[stage], None, quantiles))
+    rate = VerificationTerms().sampling_rate_bps / BASIS_POINTS
+    note = f"prompt and {size.tokens} tokens; pass of 256 rows at a time, sketch and draws, all stages, one thread"
+    found.append(_share("full check", cost.check, cost.generation, "<= 8", note))
+    amortised = [rate * seconds for seconds in cost.check]
+    note = f"by one member at the shipped sampling rate of {100 * rate:g} %"
+    found.append(_share("full check, amortised", amortised, cost.generation, "<= 1", note))
+    seats = VerificationTerms().committee_seats
+    amortised = [seats * seconds for seconds in amortised]
+    note = f"by {seats} seats on average"
+    found.append(_share("full check, amortised, whole committee", amortised, cost.generation, None, note))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------- gas
+
+
+def gas_snapshot(name: str) -> dict[str, int]:
+    """Gas by call, as `make test-contracts` left it; empty where no test writes that file."""
+    path = SNAPSHOTS / name
+    return {key: int(value) for key, value in json.loads(path.read_text()).items()} if path.exists() else {}
+
+
+def naive_gas(lifecycle: dict[str, int], stages: int) -> dict[str, int]:
+    """Gas beyond the escrow of one request of `stages` stages in which each shard sends its own transactions: without
+    a committee, and with three members on each stage, of which each sits on three stages.
+    """
+    commits = (stages - 1) * lifecycle["commitStage"] + lifecycle["commitStage, last"]
+    opened = commits + lifecycle["drawCommittee"] + stages * lifecycle["revealStage"]
+    seats = 3 * stages
+    attested = -(-seats // 3) * lifecycle["commitAttestations for 3 stages"] + seats * lifecycle["revealAttestation"]
+    tallied = (stages - 1) * lifecycle["tally of 3 reveals"] + lifecycle["tally of 3 reveals, last"]
+    return {
+        "without a committee": opened + stages * lifecycle["tally, unsampled"],
+        "with 3 members a stage": opened + attested + tallied,
+    }
+
+
+def show_gas(stages: int = 4) -> None:
+    lifecycle = gas_snapshot("Lifecycle.json")
+    print("\ngas by call (tests/contracts/snapshots)")
+    for name, gas in lifecycle.items():
+        print(f"{name:50} {gas:10}")
+    for name, gas in naive_gas(lifecycle, stages).items():
+        print(f"a request of {stages} stages {name}, one transaction a shard and step: {gas}, {gas // stages} a stage")
+    if BATCH_KEY not in gas_snapshot(BATCH_SNAPSHOT):
+        print(f"batches do not exist yet: their figure will be read from {BATCH_SNAPSHOT}, {BATCH_KEY!r}")
+
+
+def gas_figures(stages: int = 4) -> list[Figure]:
+    rate = VerificationTerms().sampling_rate_bps / BASIS_POINTS
+    naive = naive_gas(gas_snapshot("Lifecycle.json"), stages)
+    plain, judged = naive["without a committee"], naive["with 3 members a stage"]
+    average = (1 - rate) * plain + rate * judged
+    note = f"{stages} stages, one transaction a shard and step; {100 * rate:g} % of requests with 3 members a stage"
+    found = [
+        Figure("gas of a verified request alone, beyond the escrow", average, "gas", plain, judged, 1, "<= 60000", note)
+    ]
+    if (batched := gas_snapshot(BATCH_SNAPSHOT).get(BATCH_KEY)) is not None:
+        found.append(Figure(f"gas of a {BATCH_KEY}", batched, "gas", batched, batched, 1, "<= 10000"))
+    return found
