@@ -5,7 +5,7 @@ import {ReentrancyGuardTransient} from "solady/utils/ReentrancyGuardTransient.so
 import {SafeCastLib} from "solady/utils/SafeCastLib.sol";
 import {SafeTransferLib} from "solady/utils/SafeTransferLib.sol";
 
-import {IInferenceEscrow, Request, RequestStatus, Stage} from "./interfaces/IInferenceEscrow.sol";
+import {IInferenceEscrow, Offer, Request, RequestStatus, Stage} from "./interfaces/IInferenceEscrow.sol";
 import {INodeRegistry, NodeStatus} from "./interfaces/INodeRegistry.sol";
 import {IOutputVerification} from "./interfaces/IOutputVerification.sol";
 import {IShardAssignments, Plan} from "./interfaces/IShardAssignments.sol";
@@ -45,6 +45,8 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
     /// @inheritdoc IInferenceEscrow
     address public immutable verification;
     /// @inheritdoc IInferenceEscrow
+    address public immutable tabs;
+    /// @inheritdoc IInferenceEscrow
     address public immutable treasury;
     uint16 private immutable _protocolFeeBps;
     uint16 private immutable _verifierShareBps;
@@ -62,6 +64,7 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         address registry_,
         address assignments_,
         address verification_,
+        address tabs_,
         address treasury_,
         EscrowTerms memory terms_
     ) {
@@ -76,6 +79,7 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         registry = INodeRegistry(registry_);
         assignments = IShardAssignments(assignments_);
         verification = verification_;
+        tabs = tabs_;
         treasury = treasury_;
         _protocolFeeBps = terms_.protocolFeeBps;
         _verifierShareBps = terms_.verifierShareBps;
@@ -87,6 +91,11 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
 
     modifier onlyVerification() {
         if (msg.sender != verification) revert NotVerification(msg.sender);
+        _;
+    }
+
+    modifier onlyTabs() {
+        if (msg.sender != tabs) revert NotTabs(msg.sender);
         _;
     }
 
@@ -104,39 +113,26 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         uint32 maximumTokens
     ) external payable returns (RequestId requestId) {
         requestId = requestIdOf(msg.sender, nonce);
-        Request storage request = _requests[requestId];
-        if (request.status != RequestStatus.Absent) revert RequestAlreadyOpen(requestId);
-        if (inputCommitment == 0 || secretHash == 0) revert CommitmentMissing();
-        if (maximumTokens == 0 || maximumTokens > _maximumTokens) {
-            revert TokensOutOfRange(_maximumTokens, maximumTokens);
-        }
-        if (promptTokens > _maximumTokens) revert TokensOutOfRange(_maximumTokens, promptTokens);
-        uint128 feePerToken = _requireOffer(planId, promptTokens, maximumTokens);
+        Offer memory offer = Offer(msg.sender, planId, 0, inputCommitment, secretHash, promptTokens, maximumTokens);
+        _requireAcceptable(requestId, offer);
+        offer.feePerToken = _requireOffer(planId, promptTokens, maximumTokens);
+        _open(requestId, offer);
+    }
 
-        uint64 openedAt = _now();
-        request.requester = msg.sender;
-        request.status = RequestStatus.Open;
-        request.openedAt = openedAt;
-        request.deadline = openedAt + _routeWindow;
-        request.promptTokens = promptTokens;
-        request.maximumTokens = maximumTokens;
-        request.deposit = SafeCastLib.toUint128(msg.value);
-        request.feePerToken = feePerToken;
-        request.planId = planId;
-        request.inputCommitment = inputCommitment;
-        request.secretHash = secretHash;
-        emit RequestOpened(
-            requestId,
-            msg.sender,
-            planId,
-            msg.value,
-            feePerToken,
-            promptTokens,
-            maximumTokens,
-            inputCommitment,
-            secretHash,
-            openedAt + _routeWindow
-        );
+    /// @inheritdoc IInferenceEscrow
+    /// @dev All statuses up to Committed in one call, with the events of each. The nodes need not be Active: they were on duty for the batch.
+    function openCommitted(
+        RequestId requestId,
+        Offer calldata offer,
+        Assignment[] calldata assignments_,
+        bytes32[][] calldata proofs,
+        bytes32[] calldata commitments
+    ) external payable onlyTabs {
+        _requireAcceptable(requestId, offer);
+        _open(requestId, offer);
+        uint256 stageCount = _fixRoute(requestId, assignments.planOf(offer.planId), assignments_, proofs, false);
+        if (commitments.length != stageCount) revert RouteIncomplete(stageCount, commitments.length);
+        IOutputVerification(verification).commitStages(requestId, commitments, offer.maximumTokens);
     }
 
     /// @inheritdoc IInferenceEscrow
@@ -144,33 +140,9 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         Request storage request = _requests[requestId];
         _requireStatus(requestId, request, RequestStatus.Open);
         if (block.timestamp > request.deadline) revert DeadlinePassed(request.deadline, block.timestamp);
-        PlanId planId = request.planId;
-        Plan memory plan = assignments.planOf(planId);
+        Plan memory plan = assignments.planOf(request.planId);
         if (msg.sender != plan.publisher) revert NotPlanPublisher(plan.publisher, msg.sender);
-        if (assignments_.length != plan.stageCount) revert RouteIncomplete(plan.stageCount, assignments_.length);
-        if (proofs.length != plan.stageCount) revert RouteIncomplete(plan.stageCount, proofs.length);
-
-        uint64 deadline = _now() + _commitWindow;
-        request.status = RequestStatus.Routed;
-        request.stageCount = plan.stageCount;
-        request.deadline = deadline;
-
-        address[] memory nodes = new address[](plan.stageCount);
-        for (uint256 i; i < nodes.length; ++i) {
-            Assignment calldata assignment = assignments_[i];
-            address node = assignment.node;
-            if (assignment.stage != i || !assignments.isAssigned(planId, assignment, proofs[i])) {
-                revert NotAssigned(i, node);
-            }
-            if (registry.statusOf(node) != NodeStatus.Active) revert NodeNotActive(node);
-            nodes[i] = node;
-            _stages[requestId][i] =
-                RoutedStage(node, assignment.workWeight, assignment.firstUnit, assignment.executionClass);
-        }
-        emit RequestRouted(requestId, nodes, deadline);
-        for (uint256 i; i < nodes.length; ++i) {
-            registry.openDuty(nodes[i]);
-        }
+        _fixRoute(requestId, plan, assignments_, proofs, true);
     }
 
     /// @inheritdoc IInferenceEscrow
@@ -348,6 +320,87 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
     // ---------------------------------------------------------------------------------------------------------------------
     //  Inside
     // ---------------------------------------------------------------------------------------------------------------------
+
+    function _requireAcceptable(RequestId requestId, Offer memory offer) private view {
+        if (_requests[requestId].status != RequestStatus.Absent) revert RequestAlreadyOpen(requestId);
+        if (offer.inputCommitment == 0 || offer.secretHash == 0) revert CommitmentMissing();
+        if (offer.maximumTokens == 0 || offer.maximumTokens > _maximumTokens) {
+            revert TokensOutOfRange(_maximumTokens, offer.maximumTokens);
+        }
+        if (offer.promptTokens > _maximumTokens) revert TokensOutOfRange(_maximumTokens, offer.promptTokens);
+    }
+
+    /// @dev Deposits what came with the call.
+    function _open(RequestId requestId, Offer memory offer) private {
+        Request storage request = _requests[requestId];
+        uint64 openedAt = _now();
+        request.requester = offer.requester;
+        request.status = RequestStatus.Open;
+        request.openedAt = openedAt;
+        request.deadline = openedAt + _routeWindow;
+        request.promptTokens = offer.promptTokens;
+        request.maximumTokens = offer.maximumTokens;
+        request.deposit = SafeCastLib.toUint128(msg.value);
+        request.feePerToken = offer.feePerToken;
+        request.planId = offer.planId;
+        request.inputCommitment = offer.inputCommitment;
+        request.secretHash = offer.secretHash;
+        emit RequestOpened(
+            requestId,
+            offer.requester,
+            offer.planId,
+            msg.value,
+            offer.feePerToken,
+            offer.promptTokens,
+            offer.maximumTokens,
+            offer.inputCommitment,
+            offer.secretHash,
+            openedAt + _routeWindow
+        );
+    }
+
+    /// @dev One node per stage, each with its proof against the plan, and Active if it still has to `serve`. From Open to Routed.
+    function _fixRoute(
+        RequestId requestId,
+        Plan memory plan,
+        Assignment[] calldata assignments_,
+        bytes32[][] calldata proofs,
+        bool serve
+    ) private returns (uint256 stageCount) {
+        stageCount = plan.stageCount;
+        if (assignments_.length != stageCount) revert RouteIncomplete(stageCount, assignments_.length);
+        if (proofs.length != stageCount) revert RouteIncomplete(stageCount, proofs.length);
+
+        Request storage request = _requests[requestId];
+        uint64 deadline = _now() + _commitWindow;
+        request.status = RequestStatus.Routed;
+        request.stageCount = plan.stageCount;
+        request.deadline = deadline;
+
+        PlanId planId = request.planId;
+        address[] memory nodes = new address[](stageCount);
+        for (uint256 i; i < nodes.length; ++i) {
+            nodes[i] = assignments_[i].node;
+            _assign(requestId, planId, i, assignments_[i], proofs[i]);
+            if (serve && registry.statusOf(nodes[i]) != NodeStatus.Active) revert NodeNotActive(nodes[i]);
+        }
+        emit RequestRouted(requestId, nodes, deadline);
+        registry.openDuties(nodes);
+    }
+
+    function _assign(
+        RequestId requestId,
+        PlanId planId,
+        uint256 stage,
+        Assignment calldata assignment,
+        bytes32[] calldata proof
+    ) private {
+        if (assignment.stage != stage || !assignments.isAssigned(planId, assignment, proof)) {
+            revert NotAssigned(stage, assignment.node);
+        }
+        _stages[requestId][stage] =
+            RoutedStage(assignment.node, assignment.workWeight, assignment.firstUnit, assignment.executionClass);
+    }
 
     /// @dev The plan must be in effect and the value must cover its quote. Returns its fee per token.
     function _requireOffer(PlanId planId, uint32 promptTokens, uint32 maximumTokens) private view returns (uint128) {

@@ -30,6 +30,8 @@ contract NodeRegistry is INodeRegistry, EIP712, ReentrancyGuardTransient {
     address public immutable escrow;
     /// @inheritdoc INodeRegistry
     address public immutable verification;
+    /// @inheritdoc INodeRegistry
+    address public immutable tabs;
     uint128 private immutable _minimumStake;
     /// @inheritdoc INodeRegistry
     uint64 public immutable activationDelay;
@@ -43,13 +45,14 @@ contract NodeRegistry is INodeRegistry, EIP712, ReentrancyGuardTransient {
     /// @dev Sum of staked - thawing over the accounts that are neither jailed nor exiting.
     uint256 private _totalSortitionStake;
 
-    constructor(address escrow_, address verification_, RegistryTerms memory terms_) {
+    constructor(address escrow_, address verification_, address tabs_, RegistryTerms memory terms_) {
         if (terms_.minimumStake == 0) revert ZeroAmount();
         // Without a delay, stake could be added in the very block of a snapshot that does not count it.
         if (terms_.activationDelay == 0) revert WindowOutOfRange(1, 0);
         if (terms_.thawPeriod == 0) revert WindowOutOfRange(1, 0);
         escrow = escrow_;
         verification = verification_;
+        tabs = tabs_;
         _minimumStake = terms_.minimumStake;
         activationDelay = terms_.activationDelay;
         thawPeriod = terms_.thawPeriod;
@@ -61,7 +64,7 @@ contract NodeRegistry is INodeRegistry, EIP712, ReentrancyGuardTransient {
     }
 
     modifier onlyDutyKeeper() {
-        if (msg.sender != escrow && msg.sender != verification) revert NotDutyKeeper(msg.sender);
+        if (msg.sender != escrow && msg.sender != verification && msg.sender != tabs) revert NotDutyKeeper(msg.sender);
         _;
     }
 
@@ -260,11 +263,14 @@ contract NodeRegistry is INodeRegistry, EIP712, ReentrancyGuardTransient {
 
     /// @inheritdoc INodeRegistry
     function openDuty(address node) external onlyDutyKeeper {
-        NodeAccount storage account = _accounts[node];
-        if (account.operator == address(0)) revert WrongStatus(node, NodeStatus.Absent);
-        uint32 openDuties = account.openDuties + 1;
-        account.openDuties = openDuties;
-        emit DutyOpened(node, openDuties);
+        _openDuty(node);
+    }
+
+    /// @inheritdoc INodeRegistry
+    function openDuties(address[] calldata nodes) external onlyDutyKeeper {
+        for (uint256 i; i < nodes.length; ++i) {
+            _openDuty(nodes[i]);
+        }
     }
 
     /// @inheritdoc INodeRegistry
@@ -361,15 +367,23 @@ contract NodeRegistry is INodeRegistry, EIP712, ReentrancyGuardTransient {
         emit NodeJailed(node, until);
     }
 
+    function _openDuty(address node) private {
+        NodeAccount storage account = _accounts[node];
+        if (account.operator == address(0)) revert WrongStatus(node, NodeStatus.Absent);
+        uint32 count = account.openDuties + 1;
+        account.openDuties = count;
+        emit DutyOpened(node, count);
+    }
+
     /// @dev Cannot fail for a duty that was opened: `withdraw` removes no account with open duties. So no node can block a settlement
     ///      by leaving.
     function _closeDuty(address node) private {
         NodeAccount storage account = _accounts[node];
-        uint32 openDuties = account.openDuties;
-        if (openDuties == 0) revert DutyNotOpen(node);
-        --openDuties;
-        account.openDuties = openDuties;
-        emit DutyClosed(node, openDuties);
+        uint32 left = account.openDuties;
+        if (left == 0) revert DutyNotOpen(node);
+        --left;
+        account.openDuties = left;
+        emit DutyClosed(node, left);
     }
 
     function _credit(address account, uint256 amount) private {

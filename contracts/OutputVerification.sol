@@ -3,7 +3,6 @@ pragma solidity 0.8.30;
 
 import {MerkleProofLib} from "solady/utils/MerkleProofLib.sol";
 import {ReentrancyGuardTransient} from "solady/utils/ReentrancyGuardTransient.sol";
-import {SafeCastLib} from "solady/utils/SafeCastLib.sol";
 import {SafeTransferLib} from "solady/utils/SafeTransferLib.sol";
 
 import {IInferenceEscrow, RequestStatus} from "./interfaces/IInferenceEscrow.sol";
@@ -178,6 +177,11 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         _requireWired(escrow_, registry.escrow());
     }
 
+    modifier onlyEscrow() {
+        if (msg.sender != address(escrow)) revert NotEscrow(msg.sender);
+        _;
+    }
+
     // ---------------------------------------------------------------------------------------------------------------------
     //  Commitments of the executors
     // ---------------------------------------------------------------------------------------------------------------------
@@ -185,32 +189,32 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     /// @inheritdoc IOutputVerification
     function commitStage(RequestId requestId, uint16 stage, bytes32 commitment) external {
         (RequestStatus status, uint16 stageCount, uint64 deadline, uint32 maximumTokens) = escrow.statusOf(requestId);
-        if (status == RequestStatus.Expired) revert DeadlinePassed(deadline, block.timestamp);
+        if (status == RequestStatus.Expired) _requireBefore(deadline);
         if (status != RequestStatus.Routed) revert RequestNotRouted(requestId);
         _requireExecutor(requestId, stage);
-        if (commitment == 0) revert CommitmentMissing();
         Docket storage docket = _dockets[requestId];
         uint32 committed = docket.pending;
         if (_has(committed, stage)) revert StageAlreadyCommitted(requestId, stage);
 
         committed |= _bit(stage);
-        docket.files[stage].commitment = commitment;
         docket.pending = committed;
-        emit StageCommitted(requestId, stage, msg.sender, commitment);
-        if (committed != _allOf(stageCount)) return;
+        _recordCommitment(requestId, docket, stage, msg.sender, commitment);
+        if (committed == _allOf(stageCount)) _awaitDraw(requestId, docket, stageCount, maximumTokens);
+    }
 
-        // The snapshot is taken before anybody can know the entropy: the hash of a block after this one.
-        uint64 entropyBlock = uint64(block.number) + 1;
-        uint128 snapshotStake = SafeCastLib.toUint128(registry.totalSortitionStake());
-        docket.phase = Phase.AwaitingDraw;
-        docket.stageCount = stageCount;
-        docket.entropyBlock = entropyBlock;
-        docket.snapshotTime = _after(0);
-        docket.secretDeadline = _after(_terms.secretWindow);
-        docket.snapshotStake = snapshotStake;
-        docket.maximumTokens = maximumTokens;
-        emit CommitmentsComplete(requestId, entropyBlock, _after(0), snapshotStake, _after(_terms.secretWindow));
-        escrow.markCommitted(requestId);
+    /// @inheritdoc IOutputVerification
+    function commitStages(RequestId requestId, bytes32[] calldata commitments, uint32 maximumTokens)
+        external
+        onlyEscrow
+    {
+        Docket storage docket = _dockets[requestId];
+        uint16 stageCount = uint16(commitments.length); // the escrow has routed it: at most 32
+        docket.pending = _allOf(stageCount);
+        docket.sampled = true;
+        for (uint16 i; i < stageCount; ++i) {
+            _recordCommitment(requestId, docket, i, _executorOf(requestId, i), commitments[i]);
+        }
+        _awaitDraw(requestId, docket, stageCount, maximumTokens);
     }
 
     // ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +238,8 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         bytes32 seed = keccak256(abi.encode(secret, _commitmentsDigest(docket, stageCount), entropy, requestId));
         // The seed mixes a secret fixed at the opening with the hash of a block after all commitments.
         // slither-disable-next-line weak-prng
-        bool sampled = uint256(keccak256(abi.encode(seed, "sample"))) % _BASIS_POINTS < _terms.samplingRateBps;
+        bool sampled =
+            docket.sampled || uint256(keccak256(abi.encode(seed, "sample"))) % _BASIS_POINTS < _terms.samplingRateBps;
         docket.seed = seed;
         docket.round = 1;
         uint64 attestDeadline;
@@ -310,7 +315,9 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         attestation.sketch = sketch;
         attestation.outputTokens = outputTokens;
         attestation.revealed = true;
-        ++committee.reveals;
+        unchecked {
+            ++committee.reveals; // each of at most 16 members once
+        }
         emit AttestationRevealed(requestId, round, stage, msg.sender, evidenceRoot, sketch, outputTokens, salt);
     }
 
@@ -373,9 +380,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     /// @inheritdoc IOutputVerification
     function settle(RequestId requestId) external {
         Docket storage docket = _docketIn(requestId, Phase.Challengeable);
-        if (block.timestamp <= docket.challengeDeadline) {
-            revert DeadlineNotPassed(docket.challengeDeadline, block.timestamp);
-        }
+        _requireAfter(docket.challengeDeadline);
         docket.phase = Phase.Final; // CDV-03
 
         uint256 stageCount = docket.stageCount;
@@ -391,8 +396,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     }
 
     /// @inheritdoc IOutputVerification
-    function abandon(RequestId requestId) external {
-        if (msg.sender != address(escrow)) revert NotEscrow(msg.sender);
+    function abandon(RequestId requestId) external onlyEscrow {
         _close(requestId, _dockets[requestId]);
     }
 
@@ -420,7 +424,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     function reportContradiction(
         HandOver memory statement,
         bytes calldata signature,
-        EvidenceStep memory evidence,
+        EvidenceStep calldata evidence,
         bytes32[] calldata proof
     ) external {
         StageFile storage file = _dockets[statement.requestId].files[statement.stage];
@@ -563,13 +567,42 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     //  Inside: draw and committees
     // ---------------------------------------------------------------------------------------------------------------------
 
+    function _recordCommitment(
+        RequestId requestId,
+        Docket storage docket,
+        uint16 stage,
+        address node,
+        bytes32 commitment
+    ) private {
+        if (commitment == 0) revert CommitmentMissing();
+        docket.files[stage].commitment = commitment;
+        emit StageCommitted(requestId, stage, node, commitment);
+    }
+
+    /// @dev All stages have committed. The snapshot is taken before anybody can know the entropy: the hash of a block after this one.
+    ///      All stake together is within 128 bits.
+    function _awaitDraw(RequestId requestId, Docket storage docket, uint16 stageCount, uint32 maximumTokens) private {
+        uint64 entropyBlock = uint64(block.number) + 1;
+        uint64 secretDeadline = _after(_terms.secretWindow);
+        uint128 snapshotStake = uint128(registry.totalSortitionStake());
+        docket.phase = Phase.AwaitingDraw;
+        docket.stageCount = stageCount;
+        docket.entropyBlock = entropyBlock;
+        docket.snapshotTime = uint64(block.timestamp);
+        docket.secretDeadline = secretDeadline;
+        docket.snapshotStake = snapshotStake;
+        docket.maximumTokens = maximumTokens;
+        emit CommitmentsComplete(requestId, entropyBlock, uint64(block.timestamp), snapshotStake, secretDeadline);
+        escrow.markCommitted(requestId);
+    }
+
     /// @dev Before the secret deadline nobody but the requester can draw; after it nobody has to wait for the requester.
     function _requireSecret(RequestId requestId, uint64 secretDeadline, bytes32 secret) private view {
         if (secret == 0 && block.timestamp > secretDeadline) return;
         bytes32 expected = escrow.secretHashOf(requestId);
         bytes32 actual = keccak256(abi.encode(secret));
         if (actual == expected) return;
-        if (secret == 0) revert DeadlineNotPassed(secretDeadline, block.timestamp);
+        if (secret == 0) _requireAfter(secretDeadline);
         revert SecretMismatch(expected, actual);
     }
 
@@ -1126,9 +1159,15 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         if (block.timestamp > deadline) revert DeadlinePassed(deadline, block.timestamp);
     }
 
+    function _requireAfter(uint256 deadline) private view {
+        if (block.timestamp <= deadline) revert DeadlineNotPassed(deadline, block.timestamp);
+    }
+
     /// @dev The time `window` <= _MAXIMUM_WINDOW seconds from now; seconds reach 2^64 in 584 billion years.
     function _after(uint256 window) private view returns (uint64) {
-        return uint64(block.timestamp + window);
+        unchecked {
+            return uint64(block.timestamp + window);
+        }
     }
 
     /// @dev A different number of tokens is a different output, however close the sketches are.

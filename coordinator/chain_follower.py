@@ -176,7 +176,8 @@ class ChainFollower:
             raise InconsistentEndpointError(
                 f"the endpoint gave logs of another block for block {block.number}: it is behind a bad load balancer?"
             )
-        return events
+        # Tabs and batches are nobody's aggregates yet; a leaf that is opened is followed as the request it becomes.
+        return tuple(event for event in events if event.contract != "RequestTabs")
 
     async def _canonical(self, cursor: Block) -> Block:
         """`cursor` if it is still canonical; else the common ancestor, after everything above it was taken back."""

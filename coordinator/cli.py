@@ -139,7 +139,7 @@ def deploy_command(
         Path | None, typer.Option(help="JSON with changes to them: {registry: {…}, escrow: {…}, verification: {…}}.")
     ] = None,
 ) -> None:
-    """Create the four contracts and write the deployment file."""
+    """Create the five contracts and write the deployment file."""
     with _reported():
         if deployment.exists():
             raise SettingsError(f"{deployment} exists already: give another file, the old one names live contracts")

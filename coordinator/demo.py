@@ -325,6 +325,7 @@ def summarise(answer: dict[str, Any], record: VerificationRecord, record_file: P
             "ShardAssignments": domain.shard_assignments,
             "InferenceEscrow": domain.inference_escrow,
             "OutputVerification": domain.output_verification,
+            "RequestTabs": domain.request_tabs,
         },
         "nodes": [
             {

@@ -282,6 +282,8 @@ async def _activations(history: PinnedHistory, entries: Entries, first: int) -> 
 
 async def _balances(history: PinnedHistory, books: Books) -> AsyncIterator[ContractBalance]:
     for contract, account in history.deployment.contracts.items():
+        if contract not in _BALANCE_RULES:
+            continue  # RequestTabs, which the books do not follow yet
         balance, owed = await history.balance(account), books.holdings(contract)
         yield ContractBalance(contract, account, balance, owed, max(0, balance - owed))
 
@@ -551,6 +553,7 @@ def _domain(deployment: Deployment) -> ContractDomain:
         deployment.shard_assignments,
         deployment.inference_escrow,
         deployment.output_verification,
+        deployment.request_tabs,
         deployment.treasury,
         deployment.first_block,
     )

@@ -344,6 +344,8 @@ class Books:
                     self._assignments(event)
                 case "InferenceEscrow":
                     self._escrow(event)
+                case "RequestTabs":
+                    continue  # tabs and batches are not in the books yet; what a batch opens is a request of the escrow
                 case _:
                     self._verification(event)
             self._open.previous = event

@@ -159,7 +159,7 @@ async def gather(client: ChainClient, deployment: Deployment, request_id: bytes,
 async def read_terms(client: ChainClient) -> tuple[Term, ...]:
     """All immutable numbers of the contracts."""
     terms: list[Term] = []
-    for contract in ("InferenceEscrow", "NodeRegistry", "OutputVerification"):
+    for contract in ("InferenceEscrow", "NodeRegistry", "OutputVerification", "RequestTabs"):
         values = await client.call(contract, "terms")
         terms += [Term(f"{contract}.{name}", int(value)) for name, value in zip(values._fields, values)]
     delay = await client.call("ShardAssignments", "planActivationDelay")
@@ -224,6 +224,7 @@ async def _assemble(
             deployment.shard_assignments,
             deployment.inference_escrow,
             deployment.output_verification,
+            deployment.request_tabs,
             deployment.treasury,
             min(registry[0].block_number, model.block_number),
         ),

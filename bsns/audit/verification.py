@@ -161,13 +161,18 @@ async def _wiring(client: ChainClient, where: Deployment) -> AsyncIterator[str]:
     wires = (
         ("NodeRegistry", "escrow", where.inference_escrow),
         ("NodeRegistry", "verification", where.output_verification),
+        ("NodeRegistry", "tabs", where.request_tabs),
         ("ShardAssignments", "registry", where.node_registry),
         ("InferenceEscrow", "registry", where.node_registry),
         ("InferenceEscrow", "assignments", where.shard_assignments),
         ("InferenceEscrow", "verification", where.output_verification),
+        ("InferenceEscrow", "tabs", where.request_tabs),
         ("InferenceEscrow", "treasury", where.treasury),
         ("OutputVerification", "registry", where.node_registry),
         ("OutputVerification", "escrow", where.inference_escrow),
+        ("RequestTabs", "registry", where.node_registry),
+        ("RequestTabs", "assignments", where.shard_assignments),
+        ("RequestTabs", "escrow", where.inference_escrow),
     )
     chain_id = await client.chain_id()
     if chain_id != where.chain_id:

@@ -1,4 +1,4 @@
-"""ABI and bytecode of the four contracts.
+"""ABI and bytecode of the five contracts.
 
 Owns how the sources are compiled from Python (py-solc-x over the pinned compiler, with the settings of foundry.toml)
 and the packaged result under `bsns/chain/artifacts/`, so that an installed wheel needs neither compiler nor
@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-CONTRACT_NAMES = ("NodeRegistry", "ShardAssignments", "InferenceEscrow", "OutputVerification")
+CONTRACT_NAMES = ("NodeRegistry", "ShardAssignments", "InferenceEscrow", "OutputVerification", "RequestTabs")
 
 
 @dataclass(frozen=True, slots=True)

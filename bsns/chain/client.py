@@ -1,4 +1,4 @@
-"""JSON-RPC to the four contracts: reads, events, prepared transactions.
+"""JSON-RPC to the five contracts: reads, events, prepared transactions.
 
 Owns the boundary `ChainClient` and its implementation over web3. Promises that values leave as plain Python (bytes,
 int, checksummed addresses, named tuples for structs), that every custom error is decoded, and that transport trouble

@@ -1,6 +1,6 @@
 """Where the contracts are on one chain, on which terms, and how they get there.
 
-A deployment is four contracts that name one another as immutables, so their addresses are computed before the first
+A deployment is five contracts that name one another as immutables, so their addresses are computed before the first
 of them exists (CREATE from consecutive nonces of one deployer). Nobody can change them afterwards. The JSON file of a
 Deployment is all that a node, a requester or an auditor needs to know besides an RPC endpoint.
 """
@@ -71,12 +71,27 @@ class VerificationTerms:
 
 
 @dataclass(frozen=True, slots=True)
+class TabTerms:
+    """Windows in seconds, bond in wei. A batch has one draw for each begun `tokens_per_draw` tokens, at most 32."""
+
+    # far below the 256 blocks for which a block hash can be read
+    secret_window: int = 300
+    draw_window: int = 3_600
+    opening_window: int = 86_400
+    close_period: int = 2 * 86_400
+    # one request of the largest prompt and answer is a batch
+    tokens_per_draw: int = 8_192
+    challenge_bond: int = ETHER // 20
+
+
+@dataclass(frozen=True, slots=True)
 class Terms:
     """Everything a deployment fixes for ever. The defaults are for a public network."""
 
     registry: RegistryTerms = field(default_factory=RegistryTerms)
     escrow: EscrowTerms = field(default_factory=EscrowTerms)
     verification: VerificationTerms = field(default_factory=VerificationTerms)
+    tabs: TabTerms = field(default_factory=TabTerms)
     plan_activation_delay: int = 600
 
     @classmethod
@@ -95,6 +110,7 @@ class Terms:
                 challenge_window=3,
                 jail_period=60,
             ),
+            tabs=TabTerms(secret_window=20, draw_window=120, opening_window=120, close_period=300, tokens_per_draw=256),
             plan_activation_delay=1,
         )
 
@@ -108,6 +124,7 @@ class Deployment:
     shard_assignments: ChecksumAddress
     inference_escrow: ChecksumAddress
     output_verification: ChecksumAddress
+    request_tabs: ChecksumAddress
     treasury: ChecksumAddress
     first_block: int
 
@@ -117,7 +134,13 @@ class Deployment:
         return dict(
             zip(
                 CONTRACT_NAMES,
-                (self.node_registry, self.shard_assignments, self.inference_escrow, self.output_verification),
+                (
+                    self.node_registry,
+                    self.shard_assignments,
+                    self.inference_escrow,
+                    self.output_verification,
+                    self.request_tabs,
+                ),
                 strict=True,
             )
         )
@@ -161,7 +184,9 @@ def create_address(deployer: str, nonce: int) -> ChecksumAddress:
     return address(keccak256(rlp.encode([bytes.fromhex(deployer[2:]), nonce]))[12:])
 
 
-def solidity_struct(contract: str, terms: RegistryTerms | EscrowTerms | VerificationTerms) -> tuple[int, ...]:
+def solidity_struct(
+    contract: str, terms: RegistryTerms | EscrowTerms | VerificationTerms | TabTerms
+) -> tuple[int, ...]:
     """Terms as the constructor of `contract` takes them: by field name, in the order of its ABI."""
     constructor = next(item for item in contract_artifact(contract).abi if item["type"] == "constructor")
     components = next(item["components"] for item in constructor["inputs"] if item["type"] == "tuple")
@@ -182,7 +207,7 @@ async def deploy(
     treasury: str | None = None,
     progress: Callable[[str, str], None] = lambda _name, _address: None,
 ) -> Deployment:
-    """Create the four contracts from `signer`'s account and return where they are.
+    """Create the five contracts from `signer`'s account and return where they are.
 
     `treasury` receives the protocol fee (default: the deployer); `progress` is called with name and address of each
     contract. Raises ChainError if the account has been used by somebody else meanwhile, or a contract refuses its
@@ -195,19 +220,21 @@ async def deploy(
         first_block = await connection.eth.block_number + 1
         chain_id = await connection.eth.chain_id
         where = {name: create_address(signer.address, nonce + index) for index, name in enumerate(CONTRACT_NAMES)}
-        registry, assignments, escrow, verification = (where[name] for name in CONTRACT_NAMES)
+        registry, assignments, escrow, verification, tabs = (where[name] for name in CONTRACT_NAMES)
         receiver = address(treasury or signer.address)
         arguments: dict[str, list[Any]] = {
-            "NodeRegistry": [escrow, verification, solidity_struct("NodeRegistry", terms.registry)],
+            "NodeRegistry": [escrow, verification, tabs, solidity_struct("NodeRegistry", terms.registry)],
             "ShardAssignments": [registry, terms.plan_activation_delay],
             "InferenceEscrow": [
                 registry,
                 assignments,
                 verification,
+                tabs,
                 receiver,
                 solidity_struct("InferenceEscrow", terms.escrow),
             ],
             "OutputVerification": [registry, escrow, solidity_struct("OutputVerification", terms.verification)],
+            "RequestTabs": [registry, assignments, escrow, solidity_struct("RequestTabs", terms.tabs)],
         }
         for index, name in enumerate(CONTRACT_NAMES):
             artifact = contract_artifact(name)
@@ -220,13 +247,14 @@ async def deploy(
                     f"{name} came to {created}, not to {where[name]}: the deployer's account is in use elsewhere"
                 )
             progress(name, created)
-        return Deployment(chain_id, registry, assignments, escrow, verification, receiver, first_block)
+        return Deployment(chain_id, registry, assignments, escrow, verification, tabs, receiver, first_block)
 
 
 __all__ = [
     "Deployment",
     "EscrowTerms",
     "RegistryTerms",
+    "TabTerms",
     "Terms",
     "VerificationTerms",
     "create_address",

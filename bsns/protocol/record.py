@@ -55,6 +55,7 @@ class ContractDomain:
     shard_assignments: ChecksumAddress
     inference_escrow: ChecksumAddress
     output_verification: ChecksumAddress
+    request_tabs: ChecksumAddress
     treasury: ChecksumAddress
     first_block: int
 

@@ -48,6 +48,18 @@ struct Stage {
     bytes32 executionClass;
 }
 
+/// @notice What a requester asks for and on which terms, as `openCommitted` takes it.
+struct Offer {
+    address requester;
+    PlanId planId;
+    /// Wei per token.
+    uint128 feePerToken;
+    bytes32 inputCommitment;
+    bytes32 secretHash;
+    uint32 promptTokens;
+    uint32 maximumTokens;
+}
+
 /// @title Deposits, fees, refunds
 /// @notice Open -> Routed -> Committed -> Verified -> Settled, or Expired -> Refunded. For each request paid + refunded + protocol fee =
 ///         deposited, exactly once (MONEY-02). Every status has an exit after its deadline that needs nobody's permission (MONEY-03).
@@ -67,6 +79,7 @@ interface IInferenceEscrow {
     error DeadlinePassed(uint256 deadline, uint256 now_);
     error DeadlineNotPassed(uint256 deadline, uint256 now_);
     error NotVerification(address actual);
+    error NotTabs(address actual);
     error NoCredit(address account);
     error TransferFailed(address to, uint256 amount);
     error FeeShareOutOfRange(uint256 maximum, uint256 actual);
@@ -109,6 +122,18 @@ interface IInferenceEscrow {
         uint32 promptTokens,
         uint32 maximumTokens
     ) external payable returns (RequestId requestId);
+
+    /// @notice Open, route and commit a request that was served out of a tab and that a batch has to show: RequestTabs only, which has checked
+    ///         the requester's ticket and the nodes' signatures. The deposit is what the batch paid for it, which may be less than its
+    ///         quote; a committee certainly sits. From here on it is a request like every other.
+    /// @param requestId RequestTabs' ticket digest, which no `requestIdOf` can equal.
+    function openCommitted(
+        RequestId requestId,
+        Offer calldata offer,
+        Assignment[] calldata assignments,
+        bytes32[][] calldata proofs,
+        bytes32[] calldata commitments
+    ) external payable;
 
     /// @notice Fix one replica per stage. Only the publisher of the request's plan, before the deadline. Opens a duty for each node.
     function route(RequestId requestId, Assignment[] calldata assignments, bytes32[][] calldata proofs) external;
@@ -169,4 +194,7 @@ interface IInferenceEscrow {
     function registry() external view returns (INodeRegistry);
     function assignments() external view returns (IShardAssignments);
     function verification() external view returns (address);
+
+    /// @notice RequestTabs: may open requests that are committed already.
+    function tabs() external view returns (address);
 }

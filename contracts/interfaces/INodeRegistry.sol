@@ -39,7 +39,7 @@ struct NodeAccount {
     uint64 activeFrom;
     /// 0 while not jailed; type(uint64).max is a tombstone.
     uint64 jailedUntil;
-    /// Requests and attestations this node can still be blamed for.
+    /// Requests, batches and attestations this node can still be blamed for.
     uint32 openDuties;
     bool exiting;
 }
@@ -155,8 +155,11 @@ interface INodeRegistry {
     ///         The term of a key without an account bars its registration.
     function jail(address node, uint64 until) external;
 
-    /// @notice Count a duty the node can be blamed for. InferenceEscrow and OutputVerification only.
+    /// @notice Count a duty the node can be blamed for. InferenceEscrow, OutputVerification and RequestTabs only.
     function openDuty(address node) external;
+
+    /// @notice Count one duty for each entry of `nodes`; a node may be named several times.
+    function openDuties(address[] calldata nodes) external;
 
     /// @notice Close one such duty.
     function closeDuty(address node) external;
@@ -198,4 +201,7 @@ interface INodeRegistry {
 
     /// @notice OutputVerification: may slash, jail and count duties.
     function verification() external view returns (address);
+
+    /// @notice RequestTabs: may count duties.
+    function tabs() external view returns (address);
 }

@@ -43,6 +43,7 @@ struct Verification {
     uint16 stageCount;
     /// Stages that have committed (Committing) or still lack a tally (Revealing).
     uint16 outstanding;
+    /// Whether a first committee sits: from the start for a request out of a batch, else known with the draw.
     bool sampled;
     /// Block whose hash is the chain's half of the entropy.
     uint64 entropyBlock;
@@ -226,11 +227,15 @@ interface IOutputVerification {
     /// @notice The executor of `stage` commits. `commitment` = commitmentOf(requestId, 0, stage, node, evidenceRoot, sealOf(sketch, salt), outputTokens).
     function commitStage(RequestId requestId, uint16 stage, bytes32 commitment) external;
 
+    /// @notice All executors' commitments of a request at once, in stage order, as they signed them for a leaf of a batch. A committee
+    ///         certainly sits on such a request. InferenceEscrow only, which has just routed it.
+    function commitStages(RequestId requestId, bytes32[] calldata commitments, uint32 maximumTokens) external;
+
     /// @notice Fix the seed of the draw, after the entropy block: keccak256(abi.encode(secret, commitmentsDigest, blockhash(entropyBlock),
     ///         requestId)). `secret` must match the request's secretHash; after the secret deadline anyone may pass zero instead.
     /// @dev If the block hash is out of reach, the entropy block is renewed and the call returns without a draw; that also ends the wait for
     ///      the secret. `commitmentsDigest` chains the stage commitments in stage order: d = 0; d = keccak256(abi.encode(d, commitment)). Sampled iff
-    ///      uint256(keccak256(abi.encode(seed, "sample"))) % 10_000 < samplingRateBps. Not sampled: Revealing without a committee.
+    ///      it came by `commitStages` or uint256(keccak256(abi.encode(seed, "sample"))) % 10_000 < samplingRateBps. Not sampled: Revealing without a committee.
     function drawCommittee(RequestId requestId, bytes32 secret) external;
 
     /// @notice Members commit for the stages they sit on, in one call. Opens a duty per stage.

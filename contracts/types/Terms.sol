@@ -54,3 +54,20 @@ struct VerificationTerms {
     uint16 memberShareBps;
     uint16 reporterShareBps;
 }
+
+/// @notice What a RequestTabs is deployed with. Fixed for its life.
+struct TabTerms {
+    /// Seconds from the post of a batch that the requesters have to add their secrets to the entropy of its draw. Far less than 256
+    /// blocks take, so that there is time to draw before the block hash is out of reach.
+    uint64 secretWindow;
+    /// Seconds from the post of a batch until it must be drawn; longer than secretWindow.
+    uint64 drawWindow;
+    /// Seconds from the draw until the drawn leaves must be opened, and in which any other leaf can be challenged.
+    uint64 openingWindow;
+    /// Seconds from the closing of a tab until its money can be taken out; longer than drawWindow + openingWindow.
+    uint64 closePeriod;
+    /// A batch of T tokens has ceil(T / tokensPerDraw) draws, at most 32.
+    uint32 tokensPerDraw;
+    /// Wei that a challenger of a leaf puts down.
+    uint128 challengeBond;
+}

@@ -97,6 +97,7 @@ contract GasTest is Swarm {
         _size("ShardAssignments", address(shards));
         _size("InferenceEscrow", address(escrow));
         _size("OutputVerification", address(verification));
+        _size("RequestTabs", address(tabs));
     }
 
     function _size(string memory name, address target) private {

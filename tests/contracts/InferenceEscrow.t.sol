@@ -453,7 +453,7 @@ contract InferenceEscrowTest is InferenceEscrowScenario {
         terms = _escrowTerms();
         terms.maximumTokens = 0;
         _expectRefused(terms, abi.encodeWithSelector(IInferenceEscrow.TokensOutOfRange.selector, 0, 0));
-        bytes memory arguments = abi.encode(registry, shards, verification, address(0), _escrowTerms());
+        bytes memory arguments = abi.encode(registry, shards, verification, tabs, address(0), _escrowTerms());
         vm.expectRevert(abi.encodeWithSelector(IInferenceEscrow.FeeShareOutOfRange.selector, 0, 250));
         this.create("InferenceEscrow", arguments);
     }
@@ -464,6 +464,7 @@ contract InferenceEscrowTest is InferenceEscrowScenario {
         assertEq(escrow.verifierShareBps(), 1000);
         assertEq(escrow.treasury(), treasury);
         assertEq(escrow.verification(), address(verification));
+        assertEq(escrow.tabs(), address(tabs));
         assertEq(address(escrow.registry()), address(registry));
         assertEq(address(escrow.assignments()), address(shards));
     }
@@ -471,7 +472,7 @@ contract InferenceEscrowTest is InferenceEscrowScenario {
     // -------------------------------------------------------------------------------------------------------- shorthand
 
     function _expectRefused(EscrowTerms memory terms, bytes memory reason) private {
-        bytes memory arguments = abi.encode(registry, shards, verification, treasury, terms);
+        bytes memory arguments = abi.encode(registry, shards, verification, tabs, treasury, terms);
         vm.expectRevert(reason);
         this.create("InferenceEscrow", arguments);
     }

@@ -928,18 +928,18 @@ contract NodeRegistryVerdictsTest is NodeRegistryScenario {
         RegistryTerms memory terms = _registryTerms();
         terms.minimumStake = 0;
         vm.expectRevert(INodeRegistry.ZeroAmount.selector);
-        this.create("NodeRegistry", abi.encode(address(escrow), address(verification), terms));
+        this.create("NodeRegistry", abi.encode(address(escrow), address(verification), address(tabs), terms));
     }
 
     function test_constructor_withoutWindows_reverts() public {
         RegistryTerms memory terms = _registryTerms();
         terms.activationDelay = 0;
         vm.expectRevert(abi.encodeWithSelector(INodeRegistry.WindowOutOfRange.selector, 1, 0));
-        this.create("NodeRegistry", abi.encode(address(escrow), address(verification), terms));
+        this.create("NodeRegistry", abi.encode(address(escrow), address(verification), address(tabs), terms));
         terms = _registryTerms();
         terms.thawPeriod = 0;
         vm.expectRevert(abi.encodeWithSelector(INodeRegistry.WindowOutOfRange.selector, 1, 0));
-        this.create("NodeRegistry", abi.encode(address(escrow), address(verification), terms));
+        this.create("NodeRegistry", abi.encode(address(escrow), address(verification), address(tabs), terms));
     }
 
     function test_terms_areThoseOfTheDeployment() public view {

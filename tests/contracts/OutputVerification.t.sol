@@ -1109,9 +1109,9 @@ contract OutputVerificationDeploymentTest is Swarm {
         uint256 nonce = vm.getNonce(address(this));
         address escrowAt = vm.computeCreateAddress(address(this), nonce + 1);
         address verificationAt = vm.computeCreateAddress(address(this), nonce + 2);
-        bytes memory arguments = abi.encode(escrowAt, verificationAt, uint128(1 ether), uint64(100), uint64(life));
+        bytes memory arguments = abi.encode(escrowAt, verificationAt, tabs, uint128(1 ether), uint64(100), uint64(life));
         address shortRegistry = _create("NodeRegistry", arguments);
-        _create("InferenceEscrow", abi.encode(shortRegistry, shards, verificationAt, treasury, _escrowTerms()));
+        _create("InferenceEscrow", abi.encode(shortRegistry, shards, verificationAt, tabs, treasury, _escrowTerms()));
         arguments = abi.encode(shortRegistry, escrowAt, _verificationTerms());
         vm.expectRevert(_window(life + 1, life));
         this.create("OutputVerification", arguments);

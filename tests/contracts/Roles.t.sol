@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 pragma solidity 0.8.30;
 
-import {IInferenceEscrow} from "../../contracts/interfaces/IInferenceEscrow.sol";
+import {IInferenceEscrow, Offer} from "../../contracts/interfaces/IInferenceEscrow.sol";
 import {INodeRegistry, SlashReason} from "../../contracts/interfaces/INodeRegistry.sol";
 import {EvidenceStep, HandOver, IOutputVerification} from "../../contracts/interfaces/IOutputVerification.sol";
+import {Batch, IRequestTabs, Opening, TreeStep} from "../../contracts/interfaces/IRequestTabs.sol";
 import {IShardAssignments} from "../../contracts/interfaces/IShardAssignments.sol";
 import {Assignment} from "../../contracts/types/Assignment.sol";
 import {ModelId, PlanId, RequestId} from "../../contracts/types/Identifiers.sol";
@@ -23,10 +24,11 @@ contract RolesTest is Swarm {
         Registry,
         Shards,
         Escrow,
-        Verification
+        Verification,
+        Tabs
     }
 
-    uint256 private constant ROLES = 10;
+    uint256 private constant ROLES = 11;
     uint256 private constant ANYBODY = (1 << ROLES) - 1;
 
     PlanId private _plan;
@@ -61,7 +63,8 @@ contract RolesTest is Swarm {
             address(registry),
             address(shards),
             address(escrow),
-            address(verification)
+            address(verification),
+            address(tabs)
         ];
         for (uint256 i = 0; i < ROLES; i++) {
             vm.deal(_who[i], _who[i].balance + 100 ether);
@@ -99,8 +102,8 @@ contract RolesTest is Swarm {
             || selector == INodeRegistry.NotDutyKeeper.selector || selector == INodeRegistry.ProofInvalid.selector
             || selector == IShardAssignments.ConsentInvalid.selector
             || selector == IInferenceEscrow.NotPlanPublisher.selector
-            || selector == IInferenceEscrow.NotVerification.selector
-            || selector == IOutputVerification.NotExecutor.selector
+            || selector == IInferenceEscrow.NotVerification.selector || selector == IInferenceEscrow.NotTabs.selector
+            || selector == IRequestTabs.NotCollector.selector || selector == IOutputVerification.NotExecutor.selector
             || selector == IOutputVerification.NotSeated.selector || selector == IOutputVerification.NotEscrow.selector
             || selector == IOutputVerification.CommitmentMissing.selector;
     }
@@ -109,7 +112,7 @@ contract RolesTest is Swarm {
         address target = address(registry);
         uint256 operator = _only(Role.Operator);
         uint256 verdicts = _only(Role.Verification);
-        uint256 keepers = _only(Role.Verification) | _only(Role.Escrow);
+        uint256 keepers = _only(Role.Verification) | _only(Role.Escrow) | _only(Role.Tabs);
         bytes memory proof = _nodeKeyProof(9, _operator(1), CERTIFICATE_HASH, HOST, block.timestamp);
         _check(
             "register",
@@ -139,7 +142,8 @@ contract RolesTest is Swarm {
         address[] memory nodes = new address[](1);
         nodes[0] = _hot(1);
         _check("closeDuties", keepers, target, abi.encodeCall(INodeRegistry.closeDuties, (nodes)));
-        assertEq(_checked, 13);
+        _check("openDuties", keepers, target, abi.encodeCall(INodeRegistry.openDuties, (nodes)));
+        assertEq(_checked, 14);
     }
 
     function test_ROLE_01_ShardAssignments() public {
@@ -196,7 +200,16 @@ contract RolesTest is Swarm {
             abi.encodeCall(IInferenceEscrow.settle, (_finished, 1, new bool[](2), new address[](0)))
         );
         _check("refund", verdicts, target, abi.encodeCall(IInferenceEscrow.refund, (_attesting)));
-        assertEq(_checked, 9);
+        bytes32[] memory commitments = new bytes32[](2);
+        (commitments[0], commitments[1]) = ("c", "d");
+        Offer memory offer = Offer(requester, _plan, FEE, INPUT_COMMITMENT, "s", 1, 1);
+        _check(
+            "openCommitted",
+            _only(Role.Tabs),
+            target,
+            abi.encodeCall(IInferenceEscrow.openCommitted, (RequestId.wrap("id"), offer, route, proofs, commitments))
+        );
+        assertEq(_checked, 10);
     }
 
     function test_ROLE_01_OutputVerification() public {
@@ -262,6 +275,41 @@ contract RolesTest is Swarm {
         );
         _check("abandon", _only(Role.Escrow), target, abi.encodeCall(IOutputVerification.abandon, (_attesting)));
         _check("withdrawCredit", ANYBODY, target, abi.encodeCall(IOutputVerification.withdrawCredit, (requester)));
-        assertEq(_checked, 13);
+        _check(
+            "commitStages",
+            _only(Role.Escrow),
+            target,
+            abi.encodeCall(IOutputVerification.commitStages, (_routed, commitments, 1))
+        );
+        assertEq(_checked, 14);
+    }
+
+    /// @dev Only the post of a batch asks who calls; everything else asks what was signed, and a tab is its sender's.
+    function test_ROLE_01_RequestTabs() public {
+        address target = address(tabs);
+        Batch memory batch;
+        batch.planId = _plan;
+        batch.collector = publisher;
+        Opening memory opening;
+        bytes[] memory none = new bytes[](0);
+        _check("fund", ANYBODY, target, abi.encodeCall(IRequestTabs.fund, (publisher)), 1 ether);
+        _check("beginClose", ANYBODY, target, abi.encodeCall(IRequestTabs.beginClose, (publisher)));
+        _check("withdrawTab", ANYBODY, target, abi.encodeCall(IRequestTabs.withdrawTab, (publisher)));
+        _check("post", _only(Role.Publisher), target, abi.encodeCall(IRequestTabs.post, (batch, none, none)));
+        _check("recordSecret", ANYBODY, target, abi.encodeCall(IRequestTabs.recordSecret, (batch, 0, "s")));
+        _check("draw", ANYBODY, target, abi.encodeCall(IRequestTabs.draw, (batch, new bytes32[](0))));
+        _check("openLeaf", ANYBODY, target, abi.encodeCall(IRequestTabs.openLeaf, (batch, opening, new TreeStep[](0))));
+        _check(
+            "challengeLeaf",
+            ANYBODY,
+            target,
+            abi.encodeCall(IRequestTabs.challengeLeaf, (batch, opening, new TreeStep[](0))),
+            1 ether
+        );
+        _check("resolveChallenge", ANYBODY, target, abi.encodeCall(IRequestTabs.resolveChallenge, (_finished)));
+        _check("settle", ANYBODY, target, abi.encodeCall(IRequestTabs.settle, (batch)));
+        _check("voidBatch", ANYBODY, target, abi.encodeCall(IRequestTabs.voidBatch, (batch)));
+        _check("withdrawCredit", ANYBODY, target, abi.encodeCall(IRequestTabs.withdrawCredit, (requester)));
+        assertEq(_checked, 12);
     }
 }

@@ -14,10 +14,11 @@ import {
     StageVerdict,
     Verification
 } from "../../contracts/interfaces/IOutputVerification.sol";
+import {IRequestTabs} from "../../contracts/interfaces/IRequestTabs.sol";
 import {IShardAssignments, Plan} from "../../contracts/interfaces/IShardAssignments.sol";
 import {Assignment} from "../../contracts/types/Assignment.sol";
 import {ModelId, PlanId, RequestId} from "../../contracts/types/Identifiers.sol";
-import {EscrowTerms, RegistryTerms, VerificationTerms} from "../../contracts/types/Terms.sol";
+import {EscrowTerms, RegistryTerms, TabTerms, VerificationTerms} from "../../contracts/types/Terms.sol";
 
 /// @notice A deployed network, nodes with keys, plans with consents, and requests driven one act at a time.
 /// @dev Written against the interfaces alone and by the letter of their NatSpec and of EIP-712, so that it is a second opinion on
@@ -47,6 +48,7 @@ abstract contract Swarm is Test {
     IShardAssignments internal shards;
     IInferenceEscrow internal escrow;
     IOutputVerification internal verification;
+    IRequestTabs internal tabs;
     address internal treasury = makeAddr("treasury");
     address internal publisher = makeAddr("plan publisher");
     address internal requester = makeAddr("requester");
@@ -97,27 +99,43 @@ abstract contract Swarm is Test {
         });
     }
 
-    /// @dev Four contracts that know one another by address from the start; nothing can be rewired later.
+    /// @dev A batch of up to 1024 tokens has one draw.
+    function _tabTerms() internal view virtual returns (TabTerms memory) {
+        return TabTerms({
+            secretWindow: 60,
+            drawWindow: 600,
+            openingWindow: 1200,
+            closePeriod: 3600,
+            tokensPerDraw: 1024,
+            challengeBond: 1 ether
+        });
+    }
+
+    /// @dev Five contracts that know one another by address from the start; nothing can be rewired later.
     function _deployNetwork() internal {
         vm.warp(1_800_000_000);
         vm.roll(1000);
         uint256 nonce = vm.getNonce(address(this));
         address escrowAt = vm.computeCreateAddress(address(this), nonce + 2);
         address verificationAt = vm.computeCreateAddress(address(this), nonce + 3);
-        registry = INodeRegistry(_create("NodeRegistry", abi.encode(escrowAt, verificationAt, _registryTerms())));
+        address tabsAt = vm.computeCreateAddress(address(this), nonce + 4);
+        registry =
+            INodeRegistry(_create("NodeRegistry", abi.encode(escrowAt, verificationAt, tabsAt, _registryTerms())));
         shards = IShardAssignments(_create("ShardAssignments", abi.encode(registry, uint64(50))));
         escrow = IInferenceEscrow(
-            _create("InferenceEscrow", abi.encode(registry, shards, verificationAt, treasury, _escrowTerms()))
+            _create("InferenceEscrow", abi.encode(registry, shards, verificationAt, tabsAt, treasury, _escrowTerms()))
         );
         verification =
             IOutputVerification(_create("OutputVerification", abi.encode(registry, escrow, _verificationTerms())));
+        tabs = IRequestTabs(_create("RequestTabs", abi.encode(registry, shards, escrow, _tabTerms())));
         vm.label(address(registry), "NodeRegistry");
         vm.label(address(shards), "ShardAssignments");
         vm.label(address(escrow), "InferenceEscrow");
         vm.label(address(verification), "OutputVerification");
+        vm.label(address(tabs), "RequestTabs");
     }
 
-    /// @dev From the artifact, so that no test carries the code of four contracts in its own. Reverts as the constructor does.
+    /// @dev From the artifact, so that no test carries the code of five contracts in its own. Reverts as the constructor does.
     function _create(string memory name, bytes memory arguments) internal returns (address created) {
         bytes memory code = bytes.concat(vm.getCode(string.concat(name, ".sol:", name)), arguments);
         assembly ("memory-safe") {

@@ -418,6 +418,7 @@ def short_terms(**verification: Any) -> Terms:
         registry=RegistryTerms(activation_delay=1, thaw_period=20_000),
         escrow=EscrowTerms(route_window=120, commit_window=600, verification_window=10_000),
         verification=VerificationTerms(**{**chosen, **verification}),
+        tabs=Terms.for_devnet().tabs,
         plan_activation_delay=1,
     )
 

@@ -68,6 +68,7 @@ def quick_terms(*, sampling_rate_bps: int = 10_000, tolerance: int = 96) -> Term
             challenge_window=10,
             jail_period=60,
         ),
+        tabs=Terms.for_devnet().tabs,
         plan_activation_delay=1,
     )
 

@@ -75,6 +75,9 @@ async def test_deployment_addresses_are_precomputed_and_terms_readable(network: 
     verification = await network.client.call("OutputVerification", "terms")
     assert verification.tolerance == terms.verification.tolerance
     assert await network.client.call("InferenceEscrow", "verification") == network.deployment.output_verification
+    assert await network.client.call("InferenceEscrow", "tabs") == network.deployment.request_tabs
+    tabs = await network.client.call("RequestTabs", "terms")
+    assert tabs.tokensPerDraw == terms.tabs.tokens_per_draw
 
 
 async def test_deployment_by_an_account_that_cannot_pay_names_it(anvil: Anvil) -> None:
@@ -218,7 +221,7 @@ async def test_read_of_the_newest_state_that_was_pruned_meanwhile_is_begun_again
     application = web.Application()
     application.router.add_post("/", answer)
     zero = address("0x" + "00" * 20)
-    deployment = Deployment(31_337, zero, zero, zero, zero, zero, 1)
+    deployment = Deployment(31_337, zero, zero, zero, zero, zero, zero, 1)
     async with test_utils.TestServer(application) as server:
         client = Web3ChainClient(_open(str(server.make_url("/")), 5), deployment)
         try:

@@ -28,7 +28,7 @@ _LIMIT = 6
 
 
 def deployment_of(chain: SimulatedChain, first_block: int = 1) -> Deployment:
-    where = [address(number.to_bytes(20, "big")) for number in range(0xA0, 0xA5)]
+    where = [address(number.to_bytes(20, "big")) for number in range(0xA0, 0xA6)]
     return Deployment(chain.identity, *where, first_block)
 
 

@@ -58,6 +58,7 @@ def _declared() -> list[tuple[str, dict[str, Any]]]:
     return [
         (contract, item)
         for contract in CONTRACT_NAMES
+        if contract != "RequestTabs"  # which the follower passes over
         for item in contract_artifact(contract).abi
         if item["type"] == "event"
     ]
@@ -92,6 +93,8 @@ def test_apply_of_every_event_in_the_abis_changes_its_aggregate_and_no_other(
 def test_events_in_the_sources_are_those_of_the_abis() -> None:
     in_sources = set()
     for path in (_REPOSITORY / "contracts").glob("*.sol"):
+        if path.stem == "RequestTabs":
+            continue
         source = path.read_text() + (path.parent / "interfaces" / f"I{path.stem}.sol").read_text()
         in_sources |= {(path.stem, name) for name in re.findall(r"^\s*event (\w+)\(", source, re.MULTILINE)}
     assert in_sources == {(contract, abi["name"]) for contract, abi in _declared()}

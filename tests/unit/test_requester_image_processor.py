@@ -112,7 +112,7 @@ def client_of(tmp_path: Path, folder: Path | None) -> Client:
     """A client without a chain: what it does before it asks one."""
     manifest, codec = load_model_folder(folder) if folder is not None else (None, None)
     zero = "0x" + "00" * 20
-    deployment = Deployment(31_337, zero, zero, zero, zero, zero, 0)
+    deployment = Deployment(31_337, zero, zero, zero, zero, zero, zero, 0)
     signer = KeySigner(b"\1" * 32)
     return Client(None, deployment, signer, Journal(tmp_path / "state"), manifest=manifest, codec=codec)  # type: ignore[arg-type]
 
