@@ -2,6 +2,7 @@
 pragma solidity 0.8.30;
 
 import {MerkleProofLib} from "solady/utils/MerkleProofLib.sol";
+import {FixedPointMathLib} from "solady/utils/FixedPointMathLib.sol";
 import {ReentrancyGuardTransient} from "solady/utils/ReentrancyGuardTransient.sol";
 import {SafeTransferLib} from "solady/utils/SafeTransferLib.sol";
 
@@ -688,7 +689,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         if (stake == 0 || total == 0 || node == executor || operator == _operatorOf(executor)) return false;
         uint8 round = docket.round;
         // At most 16 + 2 + 128 bits.
-        uint256 share = (uint256(_committeeSeats) << (round - 1)) * stake;
+        uint256 share = _seatsIn(round) * stake;
         // Dividing first is the definition of the draw: it cannot overflow and costs at most 2^-128 of a seat.
         // slither-disable-next-line divide-before-multiply
         uint256 threshold = type(uint256).max / total * (share < total ? share : total);
@@ -743,7 +744,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
 
     function _judge(RequestId requestId, Docket storage docket, uint16 stage, uint256 medoid) private {
         Committee storage committee = _committee(docket, docket.round, stage);
-        Bench memory bench = _benchOf(committee);
+        Bench memory bench = _benchOf(docket, committee, docket.round);
         if (medoid >= bench.ballots.length) revert MedoidOutOfRange(bench.ballots.length, medoid);
         Ballot memory chosen = bench.ballots[medoid];
         if (!chosen.revealed) revert MedoidNotRevealed(chosen.node);
@@ -774,7 +775,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     function _recordNoQuorum(RequestId requestId, Docket storage docket, uint16 stage) private {
         uint8 round = docket.round;
         Committee storage committee = _committee(docket, round, stage);
-        Bench memory bench = _benchOf(committee);
+        Bench memory bench = _benchOf(docket, committee, round);
         for (uint256 i; i < bench.ballots.length; ++i) {
             if (bench.ballots[i].revealed && _hasQuorum(bench, _supportOf(bench, bench.ballots[i]))) {
                 revert QuorumExists(stage, i);
@@ -837,7 +838,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         recipients[last] = address(0);
         for (uint256 round = 1; round < judgement.round; ++round) {
             Committee storage earlier = _committee(docket, round, judgement.stage);
-            Bench memory earlierBench = _benchOf(earlier);
+            Bench memory earlierBench = _benchOf(docket, earlier, round);
             _markAgreeing(earlier, earlierBench, judgement.medoid);
             _slashMembers(earlier, earlierBench, judgement);
         }
@@ -914,13 +915,21 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         if (earlier == 0 || failure < earlier) docket.failure = uint8(failure); // at most _UNDECIDED
     }
 
-    function _benchOf(Committee storage committee) private view returns (Bench memory bench) {
+    /// @dev A ballot stands for the stake it was drawn from: what its key has, or one seat's part of all stake if that is more. Who is
+    ///      drawn with probability seats * stake / total and then counted with its stake would be weighed twice, and one large key would
+    ///      outvote the many small ones of which few are drawn.
+    function _benchOf(Docket storage docket, Committee storage committee, uint256 round)
+        private
+        view
+        returns (Bench memory bench)
+    {
+        uint256 seat = docket.snapshotStake / _seatsIn(round);
         bench.ballots = new Ballot[](committee.size);
         for (uint256 i; i < bench.ballots.length; ++i) {
             Ballot memory ballot = bench.ballots[i];
             ballot.node = committee.members[i];
             Attestation storage attestation = committee.attestations[ballot.node];
-            ballot.stake = attestation.stake;
+            ballot.stake = FixedPointMathLib.max(attestation.stake, seat);
             ballot.revealed = attestation.revealed;
             if (!ballot.revealed) continue;
             ballot.outputTokens = attestation.outputTokens;
@@ -1182,6 +1191,11 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
 
     function _allOf(uint256 stageCount) private pure returns (uint32) {
         return uint32((1 << stageCount) - 1);
+    }
+
+    /// @dev Expected seats of a stage: twice as many in each further round. Rounds count from 1.
+    function _seatsIn(uint256 round) private view returns (uint256) {
+        return uint256(_committeeSeats) << (round - 1);
     }
 
     /// @dev Size of a set.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from bsns.protocol.commitments import vote_weight
 from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import ZERO_HASH, RequestId
 from coordinator.network_state import AttestationState, RequestState
@@ -26,11 +27,12 @@ class VerificationRules:
 
     tolerance: int
     minimum_reveals: int
+    committee_seats: int
 
     @classmethod
     def from_terms(cls, terms: Any) -> VerificationRules:
         """From OutputVerification.terms()."""
-        return cls(int(terms.tolerance), int(terms.minimumReveals))
+        return cls(int(terms.tolerance), int(terms.minimumReveals), int(terms.committeeSeats))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +104,22 @@ def sketch_distance(a: bytes, b: bytes) -> int:
     return sum(min(abs(x - y), 256 - abs(x - y)) for x, y in zip(a, b, strict=True))
 
 
-def best_medoid(members: tuple[AttestationState, ...], rules: VerificationRules) -> int | None:
-    """Index of the revealed member whose sketch the most revealed stake supports, if that is a quorum; ties to the
+def best_medoid(members: tuple[AttestationState, ...], rules: VerificationRules, snapshot_stake: int) -> int | None:
+    """Index of the revealed member whose sketch the most votes support by weight, if that is a quorum; ties to the
     first.
     """
     revealed = [(index, member) for index, member in enumerate(members) if member.reveal is not None]
     if len(revealed) < rules.minimum_reveals:
         return None
-    total = sum(member.stake for _, member in revealed)
+    weights = [vote_weight(member.round, member.stake, snapshot_stake, rules.committee_seats) for _, member in revealed]
+    total = sum(weights)
     best: tuple[int, int] | None = None
     for index, member in revealed:
-        support = sum(other.stake for _, other in revealed if _agree(member, other, rules.tolerance))
+        support = sum(
+            weight
+            for weight, (_, other) in zip(weights, revealed, strict=True)
+            if _agree(member, other, rules.tolerance)
+        )
         if best is None or support > best[0]:
             best = support, index
     if best is None or best[0] * 3 < total * 2:
@@ -153,7 +160,7 @@ def _tallies(request: RequestState, view: VerificationView, rules: VerificationR
             # Nothing to choose: accepted, or withheld.
             intents.append(_intent(request.request_id, "tally", key, "OutputVerification", stage.stage, 0))
             continue
-        medoid = best_medoid(members, rules)
+        medoid = best_medoid(members, rules, request.snapshot_stake)
         if medoid is None:
             intents.append(_intent(request.request_id, "tallyWithoutQuorum", key, "OutputVerification", stage.stage))
         else:

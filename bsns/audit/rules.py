@@ -330,16 +330,16 @@ def _expected_tally(record: VerificationRecord, round_: Round, tally: Tally) -> 
     if record.draw is not None and not record.draw.sampled and round_.number == 1:
         return ("Accepted", 0, 0, 0) if tally.medoid == NOBODY else "a medoid in a round without a committee"
     bench = _bench(round_, tally.stage)
-    revealed = sum(item.stake for item, _ in bench)
+    revealed = sum(_vote(record, round_, item) for item, _ in bench)
     if tally.medoid == NOBODY:
         for item, reveal in bench:
-            if _has_quorum(record, bench, _support(record, bench, reveal), revealed):
+            if _has_quorum(record, bench, _support(record, round_, tally.stage, reveal), revealed):
                 return f"no quorum recorded, but {item.node} has one"
         return "NoQuorum", 0, revealed, NO_DISTANCE
     medoid = next((reveal for item, reveal in bench if item.node == tally.medoid), None)
     if medoid is None:
         return "the medoid is not a member that revealed"
-    support = _support(record, bench, medoid)
+    support = _support(record, round_, tally.stage, medoid)
     if not _has_quorum(record, bench, support, revealed):
         return f"the medoid has {support} of {revealed} wei behind it, which is no quorum"
     away = sketch_distance(medoid, executor)
@@ -350,9 +350,19 @@ def _bench(round_: Round, stage: int) -> list[tuple[Member, RecordedReveal]]:
     return [(item, item.reveal) for item in round_.members if item.stage == stage and item.reveal is not None]
 
 
-def _support(record: VerificationRecord, bench: Sequence[tuple[Member, RecordedReveal]], medoid: RecordedReveal) -> int:
+def _vote(record: VerificationRecord, round_: Round, member: Member) -> int:
+    seats = record.term("OutputVerification.committeeSeats")
+    total = record.entropy.snapshot_stake if record.entropy else 0
+    return commitments.vote_weight(round_.number, member.stake, total, seats)
+
+
+def _support(record: VerificationRecord, round_: Round, stage: int, medoid: RecordedReveal) -> int:
     tolerance = record.term("OutputVerification.tolerance")
-    return sum(item.stake for item, reveal in bench if sketch_distance(medoid, reveal) <= tolerance)
+    return sum(
+        _vote(record, round_, item)
+        for item, reveal in _bench(round_, stage)
+        if sketch_distance(medoid, reveal) <= tolerance
+    )
 
 
 def _has_quorum(record: VerificationRecord, bench: Sequence[object], support: int, revealed: int) -> bool:

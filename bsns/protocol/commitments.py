@@ -30,6 +30,10 @@ BASIS_POINTS = 10_000
 MAXIMUM_ROUNDS = 3
 MAXIMUM_DRAFTS = 16
 """Tokens that the last stage may draft to follow a token it drew; a step behind the prompt has one row more at most."""
+SPARE_DRAFTS = 32
+"""Of an answer at most as many drafts may be rejected as it has tokens, and these besides: a last stage that drafts
+badly cannot make the others compute for long.
+"""
 _UINT256_MAX = 2**256 - 1
 _EVIDENCE_STEP_ABI = "(uint32,uint32,uint32,bytes32,bytes32,bytes32,bytes32,bytes8)"
 
@@ -204,6 +208,9 @@ def kept_rows(evidence: StageEvidence, prompt_tokens: int, output_tokens: int, m
         raise ProtocolError(f"step 0 has {steps[0].rows} rows, the prompt {prompt_tokens}")
     ends = [step.position for step in steps[1:]] + [prompt_tokens + output_tokens - 1]
     kept = tuple(end - step.position for step, end in zip(steps, ends, strict=True))
+    rejected = sum(step.rows for step in steps) - sum(kept)
+    if rejected > output_tokens + SPARE_DRAFTS:
+        raise ProtocolError(f"{rejected} drafts were rejected for {output_tokens} answer tokens")
     for step, count in zip(steps, kept, strict=True):
         if not 1 <= count <= step.rows or (step.step == 0 and count != prompt_tokens):
             raise ProtocolError(f"{count} of the {step.rows} rows of step {step.step} are kept")
@@ -273,3 +280,11 @@ def is_seated(
     weight = min(total_stake, (committee_seats << (round_ - 1)) * stake)
     draw = int.from_bytes(abi_hash(["bytes32", "uint8", "uint16", "address"], [seed, round_, stage, node]))
     return draw <= _UINT256_MAX // total_stake * weight
+
+
+def vote_weight(round_: int, stake: int, total_stake: int, committee_seats: int) -> int:
+    """What a seated node's vote weighs, in wei: the stake that it was drawn from, that is its own, or one seat's part
+    of all stake if that is more. Seats follow stake already; votes by stake alone would count it twice, and one large
+    key would outvote the many small ones of which few are drawn.
+    """
+    return max(stake, total_stake // (committee_seats << (round_ - 1)))

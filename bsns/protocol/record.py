@@ -314,7 +314,9 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A committee member of one stage. `stake` is what counted in the draw and counts in the tally."""
+    """A committee member of one stage. `stake` is what counted in the draw; what the vote weighs follows
+    from it (`bsns.protocol.commitments.vote_weight`).
+    """
 
     stage: int
     node: ChecksumAddress

@@ -115,6 +115,8 @@ struct EvidenceStep {
 ///         by stake. Members re-execute the stage from the exact bytes of its input, commit, then reveal. Anyone tallies: within tau of
 ///         the medoid that two thirds of the revealed stake support is paid, beyond 2 tau is slashed, nothing happens in between.
 ///         Any disagreement in the first round calls a larger backup committee; only its verdict slashes. Blame is per stage.
+///         A vote weighs the stake that its member was drawn from, max(stake, snapshotStake / seats of the round): "revealed stake" is the
+///         sum of these. Seats follow stake already; counted by stake alone one large key would outvote the many of which few are drawn.
 /// @dev Safety (CDV-02): let honest sketches lie within r of the true one, tau = 2r, honest stake > 2/3 of the revealed stake. An
 ///      accepted medoid has an honest supporter, so it lies within tau + r = 3r of the truth and every honest node within 4r = 2 tau of it.
 interface IOutputVerification {

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bsns.protocol.commitments import vote_weight
 from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import PlanId, RequestId
 from bsns.protocol.sketch import distance
@@ -22,7 +23,7 @@ from coordinator.verification_desk import (
     wanted_intents,
 )
 
-_RULES = VerificationRules(tolerance=96, minimum_reveals=2)
+_RULES = VerificationRules(tolerance=96, minimum_reveals=2, committee_seats=3)
 _DEADLINE = 10_000
 _sketches = st.binary(min_size=32, max_size=32)
 
@@ -86,21 +87,23 @@ def test_sketch_distance_is_the_protocols(a: bytes, b: bytes) -> None:
 @given(
     members=st.lists(
         st.tuples(st.integers(1, 9), st.sampled_from([0, 3, 4, 9, 200]), st.integers(0, 2), st.booleans()), max_size=6
-    )
+    ),
+    total_stake=st.integers(0, 60),
 )
 def test_best_medoid_has_the_most_support_and_a_quorum_or_there_is_none(
-    members: list[tuple[int, int, int, bool]],
+    members: list[tuple[int, int, int, bool]], total_stake: int
 ) -> None:
     ballots = tuple(
         _member(number, stake, _reveal(bytes([coordinate]) * 32, tokens) if revealed else None)
         for number, (stake, coordinate, tokens, revealed) in enumerate(members)
     )
     revealed = [(index, item) for index, item in enumerate(ballots) if item.reveal]
-    total = sum(item.stake for _, item in revealed)
+    weight = {index: vote_weight(1, item.stake, total_stake, _RULES.committee_seats) for index, item in revealed}
+    total = sum(weight.values())
     support = {
         index: sum(
-            other.stake
-            for _, other in revealed
+            weight[number]
+            for number, other in revealed
             if other.reveal
             and item.reveal
             and other.reveal.output_tokens == item.reveal.output_tokens
@@ -109,7 +112,7 @@ def test_best_medoid_has_the_most_support_and_a_quorum_or_there_is_none(
         for index, item in revealed
     }
     quorum = {index for index, stake in support.items() if 3 * stake >= 2 * total}
-    found = best_medoid(ballots, _RULES)
+    found = best_medoid(ballots, _RULES, total_stake)
     if not quorum or len(revealed) < _RULES.minimum_reveals:
         assert found is None
     else:

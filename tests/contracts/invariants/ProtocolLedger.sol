@@ -128,6 +128,13 @@ contract ProtocolLedger is Swarm {
         }
     }
 
+    /// @dev The stake that a member was drawn from.
+    function _vote(RequestId id, uint8 round, uint256 stake) private view returns (uint256) {
+        uint256 seats = uint256(verification.terms().committeeSeats) << (round - 1);
+        uint256 seat = verification.verificationOf(id).snapshotStake / seats;
+        return stake > seat ? stake : seat;
+    }
+
     /// @dev More than two thirds of the revealed stake of the round tells the truth.
     function honestMajority(RequestId id, uint16 stage, uint8 round) external view returns (bool) {
         address[] memory members = verification.membersOf(id, round, stage);
@@ -136,10 +143,11 @@ contract ProtocolLedger is Swarm {
         for (uint256 i = 0; i < members.length; i++) {
             Attestation memory attestation = verification.attestationOf(id, round, stage, members[i]);
             if (!attestation.revealed) continue;
-            revealed += attestation.stake;
+            uint256 vote = _vote(id, round, attestation.stake);
+            revealed += vote;
             bool nothing = _withheld[id][stage] && attestation.outputTokens == 0;
             if (nothing || _isTrue(id, stage, attestation.outputTokens, attestation.sketch)) {
-                honest += attestation.stake;
+                honest += vote;
             }
         }
         return honest * 3 > revealed * 2;
