@@ -621,7 +621,8 @@ class Pipeline:
             )
 
         def count(_output: StepOutput) -> None:
-            session.executed.append(ExecutedStep(step.position, step.rows, step.digest))
+            rejected = session.rejected_before(step.position) if step.step else 0
+            session.executed.append(ExecutedStep(step.position, step.rows, step.digest, rejected))
             if not written:
                 self._repeat_output(session)
 

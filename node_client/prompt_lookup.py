@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from bsns.protocol.commitments import MAXIMUM_DRAFTS
+from bsns.protocol.commitments import MAXIMUM_DRAFTS, SPARE_DRAFTS
 from bsns.protocol.sampling import SamplingParameters, draw_accepted
 
 # The longest that matches wins. One token alone says too little: see docs/performance.md.
@@ -74,7 +74,7 @@ class SpeculatedAnswer:
         """`prompt` is looked up too, if it is known."""
         self.drafts: tuple[int, ...] = ()
         self._sampling, self._end_tokens = sampling, frozenset(end_tokens)
-        self._count = 0
+        self._count, self._rejected = 0, 0
         self._length, self._rests_until = _FIRST_DRAFTS, 0
         self._index = NgramIndex()
         # Of the text what is not in the index yet: it is taken up in the compute thread, and only where it is needed.
@@ -94,8 +94,14 @@ class SpeculatedAnswer:
         self._unread += tokens
         if self.drafts:
             self._adapt(len(self.drafts), len(tokens) - 1)
-        # The token behind the last draft is drawn from the last draft's row.
-        most = min(self._length, most_drafts, self._sampling.maximum_tokens - self._count - 1)
+        most = min(
+            self._length,
+            most_drafts,
+            # The token behind the last draft is drawn from the last draft's row.
+            self._sampling.maximum_tokens - self._count - 1,
+            # The other stages take no more.
+            self._count + SPARE_DRAFTS - self._rejected,
+        )
         self.drafts = ()
         if most > 0 and tokens[-1] not in self._end_tokens and self._count >= self._rests_until:
             self._index.extend(self._unread)
@@ -104,6 +110,7 @@ class SpeculatedAnswer:
         return Drawn(tokens, self.drafts)
 
     def _adapt(self, drafted: int, accepted: int) -> None:
+        self._rejected += drafted - accepted
         if accepted == drafted:
             self._length = min(MAXIMUM_DRAFTS, 2 * max(self._length, drafted))
         elif accepted:

@@ -22,6 +22,7 @@ from eth_typing import ChecksumAddress
 from bsns.protocol.commitments import (
     MAXIMUM_DRAFTS,
     MAXIMUM_SHOWN_PROMPT,
+    SPARE_DRAFTS,
     TOKEN_BYTES,
     EvidenceBuilder,
     content_digest,
@@ -65,11 +66,12 @@ class SessionState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ExecutedStep:
-    """A step that was executed: a repeat must be the same."""
+    """A step that was executed: a repeat must be the same. `rejected` rows of the steps before it were not kept."""
 
     position: int
     rows: int
     digest: bytes
+    rejected: int = field(default=0, compare=False)
 
     @property
     def end(self) -> int:
@@ -218,6 +220,11 @@ class Session:
             )
         return kept
 
+    def rejected_before(self, position: int) -> int:
+        """Rows that were executed and not kept, if the next step begins at `position`."""
+        last = self.executed[-1]
+        return last.rejected + last.end - position
+
     def check_next(self, step: int, position: int, rows: int) -> None:
         """Refusal unless this is the step that comes next, of a session that goes on."""
         if step != self.next_step:
@@ -229,6 +236,13 @@ class Session:
         if step == 0:
             return
         self.check_follows(position)
+        tokens = position - self.opening.prompt_tokens + 1
+        if self.rejected_before(position) + rows - 1 > tokens + SPARE_DRAFTS:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED,
+                f"{self.rejected_before(position)} drafts were rejected in {tokens} tokens and {rows - 1} more were "
+                "sent; the last stage must draft less",
+            )
         if self.answer is not None:
             drawn = self.opening.prompt_tokens + self.answer.count - 1, 1 + len(self.answer.drafts)
             if (position, rows) != drawn:

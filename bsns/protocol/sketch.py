@@ -35,6 +35,8 @@ _FINGERPRINT_RESOLUTION: Final = 8
 # Bucket sums are added as integers of this many fractional bits: 2^40 leaves 2^23 rows before an int64 can overflow.
 _FRACTION_BITS: Final = 40
 _MAXIMUM_ROWS: Final = 1 << 22
+# Eight a bucket: narrower rows are spread until they have as many.
+_LEAST_PLACES: Final = 256
 # Bounds the float64 working copy of one call: 32 rows of a 49,152-token vocabulary are 12 MB.
 _BLOCK_ELEMENTS: Final = 1 << 20
 
@@ -167,15 +169,19 @@ class StageSketch:
 
         Drawn when the first rows come: that takes 20 ms for 400,000 channels, and sessions open on an event loop.
         """
-        drawn = np.frombuffer(self._random_bytes(b"channels", 0, self._width), dtype=np.uint8)
+        # Channels of a narrow row lie in several buckets each: a head of ten classes would fill a few coordinates only,
+        # and whatever differs would be far from it by chance alone.
+        copies = max(1, -(-_LEAST_PLACES // self._width))
+        places = copies * self._width
+        drawn = np.frombuffer(self._random_bytes(b"channels", 0, places), dtype=np.uint8)
         bucket = drawn & 31
         order = np.argsort(bucket, kind="stable")
-        sign = np.where(drawn[order] & 128, -1.0, 1.0)
+        sign = np.where(drawn[order] & 128, -1.0, 1.0) / math.sqrt(copies)
         starts = np.searchsorted(bucket[order], np.arange(BUCKETS))
         # np.add.reduceat gives a wrong sum for an empty bucket (narrow rows), so only buckets that hold a channel take
         # part.
-        filled = np.flatnonzero(np.diff(np.append(starts, self._width)) > 0)
-        return order, sign, filled, starts[filled]
+        filled = np.flatnonzero(np.diff(np.append(starts, places)) > 0)
+        return order % self._width, sign, filled, starts[filled]
 
     def _bucket_sums(self, rows: npt.NDArray[np.float32], first_row: int) -> npt.NDArray[np.int64]:
         values = rows.astype(np.float64)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bsns.protocol.commitments import MAXIMUM_DRAFTS, MAXIMUM_SHOWN_PROMPT, step_digest, token_bytes
+from bsns.protocol.commitments import MAXIMUM_DRAFTS, MAXIMUM_SHOWN_PROMPT, SPARE_DRAFTS, step_digest, token_bytes
 from bsns.protocol.identifiers import ZERO_HASH
 from bsns.protocol.sampling import SamplingParameters, draw
 from bsns.runtime.decoder_executor import StageExecutor
@@ -139,6 +139,31 @@ async def test_last_stage_that_accepts_a_draft_which_is_not_the_draw_is_attested
         for item in await reveals(network, opened, "AttestationRevealed", 4):
             stage, tokens = item.arguments["stage"], item.arguments["outputTokens"]
             assert tokens == (0 if stage == 1 else len(answer.tokens)), stage
+
+
+class WastefulAnswer(SpeculatedAnswer):
+    """Drafts what is never right, so that the others compute for nothing."""
+
+    def take(self, logits: Any, most_drafts: int) -> Drawn:
+        drawn = super().take(logits, 0)
+        left = self._sampling.maximum_tokens - self.count - 1
+        wrong = 0 if drawn.tokens[-1] else 1
+        self.drafts = (wrong,) * min(MAXIMUM_DRAFTS, left)
+        return Drawn(drawn.tokens, self.drafts)
+
+
+async def test_last_stage_that_drafts_for_nothing_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_network(tmp_path) as network:
+        readies = [(await network.start_node(name))[1] for name in ("a", "b")]
+        await network.until_active(*(ready.node for ready in readies))
+        plan = await planned(network, "ab")
+        monkeypatch.setattr(session_store, "SpeculatedAnswer", WastefulAnswer)
+        opened = await network.open_request(plan, *GREEDY)
+        answer = await network.ask(opened, "ab")
+        assert answer.rejected is not None
+        assert answer.rejected.reason == ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED
+        assert "must draft less" in answer.rejected.detail
+        assert answer.drafted - answer.accepted <= len(answer.tokens) + SPARE_DRAFTS
 
 
 async def test_last_stage_whose_outputs_do_not_open_its_digests_has_no_valid_evidence(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsns.protocol.commitments import MAXIMUM_DRAFTS
+from bsns.protocol.commitments import MAXIMUM_DRAFTS, SPARE_DRAFTS
 from bsns.protocol.sampling import SamplingError, SamplingParameters, draw, draw_accepted
 from node_client.prompt_lookup import NGRAM_SIZES, NgramIndex, SpeculatedAnswer
 
@@ -151,6 +151,19 @@ def test_drafts_rest_when_even_a_single_one_was_wrong_and_begin_again() -> None:
     assert [drafted(answer, token) for token in (1, 2)] == [0, 1]
     assert drafted(answer, 9, 0) == 0
     assert [drafted(answer, token) for token in (1, 2, 1, 2)] == [0, 0, 0, 1]
+
+
+def test_drafts_that_are_never_right_end_before_the_other_stages_refuse_them() -> None:
+    answer = SpeculatedAnswer(SamplingParameters(maximum_tokens=4_000), ())
+    rejected = 0
+    for step in range(1_500):
+        # Of two tokens the one that was not drafted: whatever the text says, the draft is wrong.
+        drafts = answer.drafts
+        logits = certain([1 - drafts[0] if drafts else step % 2, *[99] * len(drafts)])
+        drawn = answer.take(logits, MAXIMUM_DRAFTS)
+        rejected += len(drafts) - (len(drawn.tokens) - 1)
+        assert rejected + len(drawn.drafts) <= answer.count + SPARE_DRAFTS
+    assert rejected > 0
 
 
 def test_drafts_of_a_busy_node_are_none() -> None:
