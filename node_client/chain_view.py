@@ -182,6 +182,14 @@ class ChainView:
             int(raw.revealDeadline),
         )
 
+    async def entropy(self, request_id: bytes) -> bytes:
+        """Hash of the block that the draw's entropy comes from; ChainUnavailableError if the endpoint lacks it."""
+        raw = await self.client.call("OutputVerification", "verificationOf", request_id)
+        block = await self.client.block(int(raw.entropyBlock))
+        if block is None:
+            raise ChainUnavailableError(f"the endpoint has no block {raw.entropyBlock}, whose hash the draw used")
+        return block.hash
+
     async def stage_record(self, request_id: bytes, stage: int) -> StageRecordView:
         raw = await self.client.call("OutputVerification", "stageRecordOf", request_id, stage)
         return StageRecordView(bytes(raw.commitment), bool(raw.revealed), bool(raw.disputed))

@@ -44,6 +44,7 @@ from bsns.protocol.hand_over import (
 from bsns.protocol.identifiers import BYTES32, ZERO_HASH, ModelId, ProtocolError, RequestId
 from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.sampling import SamplingError, SamplingParameters, is_consistent_draw
+from bsns.protocol.sketch import disowned
 from bsns.protocol.typed_data import EVIDENCE_QUERY, signing_digest
 from bsns.runtime.activation_codec import ActivationError, can_be_handed_on
 from bsns.v1 import execution_pb2
@@ -101,6 +102,7 @@ class _Case:
     route: tuple[StageView, ...]
     commitments: Mapping[int, bytes]
     manifest: ModelManifest
+    entropy: bytes
 
 
 def no_valid_evidence() -> StageResult:
@@ -137,7 +139,8 @@ class Reexecution:
             number: (await self._chain.stage_record(request_id, number)).commitment for number in {before, stage, after}
         }
         model = ModelId(await self._chain.model_of_plan(request.plan_id))
-        case = _Case(RequestId(request_id), request, route, commitments, self._runtime.store(model).manifest)
+        manifest, entropy = self._runtime.store(model).manifest, await self._chain.entropy(request_id)
+        case = _Case(RequestId(request_id), request, route, commitments, manifest, entropy)
         found: tuple[Contradiction, ...] = ()
         while True:
             try:
@@ -285,7 +288,8 @@ class Reexecution:
             model, served.first_unit, served.end_unit, execution_class=served.execution_class
         )
         try:
-            sketch = new_sketch(sketch_seed(case.request_id, stage), executor)
+            seed = sketch_seed(case.request_id, stage)
+            sketch = new_sketch(seed, executor)
             tolerance = tolerance_of(executor)
             steps = fetched.shown.evidence.steps
             draws, outputs, count = iter(fetched.draws), iter(fetched.outputs), 0
@@ -314,11 +318,11 @@ class Reexecution:
             )
             return StageResult(
                 fetched.evidence_root,
-                sketch.value(),
+                # Where tokens are no draws, or rows handed on are not those computed, no sketch of the executor's may
+                # be near, least of all that of an honest execution.
+                sketch.value() if follows else disowned(sketch.value(), seed, case.entropy),
                 secrets.token_bytes(BYTES32),
-                # Tokens that no honest draw gives, or rows handed on that are not those computed, are no answer,
-                # whatever the executor's sketch says: nothing is to be paid for them.
-                fetched.output_tokens if follows else 0,
+                fetched.output_tokens,
             )
         finally:
             self._runtime.release(executor)

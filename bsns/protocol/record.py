@@ -332,7 +332,7 @@ class MemberDistance:
     """Circular L1 distance of a member's sketch from the medoid's."""
 
     node: ChecksumAddress
-    distance: int
+    distance: Big
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,6 +226,17 @@ def distance(a: bytes, b: bytes) -> int:
     return _circular(_integers(a, SKETCH_BYTES, ">u1"), _integers(b, SKETCH_BYTES, ">u1"), 256)
 
 
+def disowned(sketch: bytes, seed: bytes, entropy: bytes) -> bytes:
+    """What a member attests whose own `sketch` says nothing for the stage, because the stage handed on other rows than
+    it computed or tokens that are no draws: the sketch moved by 32 bytes that follow from the stage's `seed` and from
+    `entropy`, the hash of a block after all commitments.
+
+    Whatever the stage had sealed is as far from it as a guess. Members who find the same stay as near to one another.
+    """
+    shift = hashlib.shake_256(b"disowned:" + seed + entropy).digest(SKETCH_BYTES)
+    return bytes((value + moved) % 256 for value, moved in zip(sketch, shift, strict=True))
+
+
 def fingerprint_distance(a: bytes, b: bytes) -> int:
     """Circular L1 distance of two fingerprints over four big-endian uint16, 0 to 131072. A metric."""
     return _circular(_integers(a, FINGERPRINT_BYTES, ">u2"), _integers(b, FINGERPRINT_BYTES, ">u2"), 65536)

@@ -16,6 +16,7 @@ from bsns.protocol.commitments import EvidenceBuilder, sketch_seed, step_digest
 from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import ZERO_HASH, RequestId
 from bsns.protocol.sampling import SamplingParameters
+from bsns.protocol.sketch import distance
 from bsns.runtime import activation_codec
 from bsns.runtime.activation_codec import TensorEncoding
 from bsns.runtime.decoder_executor import StageExecutor
@@ -232,7 +233,7 @@ def handing_on_other_rows(runtime: ShardRuntime, change: Callable[[npt.NDArray[n
 
 
 @pytest.mark.parametrize("share", [0.003, 0.3], ids=["as int8 weights would", "rubbish"])
-async def test_stage_that_sketches_honestly_and_hands_on_other_rows_is_attested_no_answer(
+async def test_stage_that_sketches_honestly_and_hands_on_other_rows_has_a_sketch_that_is_nobodys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     async with running_network(tmp_path) as network:
@@ -251,20 +252,25 @@ async def test_stage_that_sketches_honestly_and_hands_on_other_rows_is_attested_
         answer = await network.ask(opened, ("a", "b", "c"))
         assert answer.ended is not None, answer.rejected
         await network.draw(opened)
-        attested = await reveals(network, opened, "AttestationRevealed", 9)
-        (own,) = [
-            item.arguments
-            for item in await reveals(network, opened, "StageRevealed", 3)
-            if item.arguments["stage"] == 1
-        ]
-        for item in attested:
-            stage = item.arguments["stage"]
-            assert item.arguments["outputTokens"] == (0 if stage == 1 else len(answer.tokens)), stage
-            if stage == 1:
-                away = await network.client.call(
-                    "OutputVerification", "sketchDistance", item.arguments["sketch"], own["sketch"]
-                )
-                assert away <= 64, "the sketch alone shows nothing"
+        await near_their_own_commitment(network, opened, 3, far={1})
+
+
+async def near_their_own_commitment(network: Network, opened: OpenedRequest, stages: int, *, far: set[int]) -> None:
+    """All members' sketches lie within the honest radius of the executor's, those of the stages `far` beyond 2 tau and
+    still as near to one another.
+    """
+    attested = await reveals(network, opened, "AttestationRevealed", stages * (len(network.services) - 1))
+    staged = {
+        item.arguments["stage"]: item.arguments for item in await reveals(network, opened, "StageRevealed", stages)
+    }
+    for stage, own in staged.items():
+        found = [item.arguments for item in attested if item.arguments["stage"] == stage]
+        assert {item["outputTokens"] for item in found} == {own["outputTokens"]}
+        assert {item["evidenceRoot"] for item in found} == {own["evidenceRoot"]}
+        for item in found:
+            away = distance(bytes(item["sketch"]), bytes(own["sketch"]))
+            assert away > 256 if stage in far else away <= 64, (stage, away)
+            assert distance(bytes(item["sketch"]), bytes(found[0]["sketch"])) <= 64
 
 
 async def test_executor_that_invents_its_inputs_has_no_valid_evidence_and_loses_its_stake_and_no_other_does(

@@ -95,7 +95,24 @@ def test_sketch_value_is_pinned_across_machines() -> None:
     assert (sketch.add(exact).hex(), sketch.value().hex()) == PINNED
 
 
-PINNED = ("1d080235e4c9091d", "f0c9fc9004659ff6a0342acc63d1cffccf6c00cf59356b5ff16ca0cdf9d8336b")
+PINNED = ("4a7e306abc58daea", "c2646b5b6d910664fed9fa03c42cc6959d6b12a06737caf366406802f9a2fb3c")
+
+
+def test_sketch_of_a_narrow_row_fills_its_coordinates_and_tells_a_change_apart() -> None:
+    generator = np.random.default_rng(3)
+    for width in (2, 3, 10, 64, 255):
+        row = generator.standard_normal((1, width)).astype(np.float32)
+        other = row * (1 + 0.01 * generator.standard_normal(row.shape)).astype(np.float32)
+        near = row * (1 + 1e-7 * generator.standard_normal(row.shape)).astype(np.float32)
+        for number in range(20):
+            seed = number.to_bytes(32, "big")
+            values = []
+            for rows in (row, other, near):
+                sketch = StageSketch(seed, width, 2e-6)
+                sketch.add(rows)
+                values.append(sketch.value())
+            assert distance(values[0], values[1]) > 400, (width, number)
+            assert distance(values[0], values[2]) < 64, (width, number)
 
 
 def test_wrong_shapes_and_empty_sketch_are_refused() -> None:
