@@ -171,11 +171,13 @@ def draw_separation(
     picture, axis = plt.subplots(figsize=(8, 7), layout="constrained")
     for place, (name, gaps) in enumerate(rows.items()):
         colour = "#1b6ca8" if name.startswith("honest") else "#d1622b"
-        axis.plot([min(gaps) + 1, max(gaps) + 1], [place, place], color=colour, linewidth=4, solid_capstyle="butt")
+        ends = [min(gaps) + 1, max(gaps) + 1]
+        # The marker shows where all distances are one.
+        axis.plot(ends, [place, place], "s-", color=colour, linewidth=4, markersize=2, solid_capstyle="butt")
     tolerance = TOLERANCES[verification_detection.EXECUTION_CLASS]
     for label, edge in (("r", tolerance.honest_radius), ("τ", tolerance.pay_within), ("2τ", tolerance.slash_beyond)):
         axis.axvline(edge + 1, color="grey", linewidth=1, linestyle="--")
-        axis.annotate(label, (edge + 1, -0.9), ha="center", fontsize=9)
+        axis.annotate(label, (edge + 1, -1.1), (3, 0), textcoords="offset points", va="top", fontsize=9)
     axis.set_xscale("log")
     axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -1.2)

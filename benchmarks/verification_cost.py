@@ -20,9 +20,10 @@ import torch
 
 from benchmarks.result import Figure
 from benchmarks.verification_detection import DECLARED, EXECUTION_CLASS, STAGE_NAMES, sampling_of, texts
+from benchmarks.verification_economics import TOKENS
 from benchmarks.verification_judge import first_departure, request_seed
 from benchmarks.verification_traces import CUTS, Recording, answer, honest_stages
-from bsns.chain.deployment import VerificationTerms
+from bsns.chain.deployment import TabTerms, VerificationTerms
 from bsns.protocol.commitments import BASIS_POINTS, EvidenceBuilder, content_digest
 from bsns.protocol.sketch import FINGERPRINT_BYTES, TOLERANCES, StageSketch
 from bsns.requester.chat_tokenizer import ChatTokenizer
@@ -31,10 +32,10 @@ from bsns.runtime.executor import iterate_reexecution
 from node_client.evidence_store import EvidenceStore, InputOpening
 
 SNAPSHOTS = Path(__file__).parents[1] / "tests" / "contracts" / "snapshots"
-BATCH_SNAPSHOT = "Batch.json"
-BATCH_KEY = "verified request in a batch of 64"
-"""Where the gas of a batched request will be read from once batches exist: `vm.snapshotGasLastCall` of a test that
-verifies 64 requests at once, divided by 64, written under this name."""
+BATCH = 64
+BATCHES = {1: "per request, 64 requests of 1", 8: "per request, 64 requests of 8"}
+"""By requesters: a request's part of all transactions of a batch of 64 (contracts/RequestTabs.sol), in Tabs.json."""
+OPENED_LEAF = "openLeaf, 4 stages, 1 of 64"
 STEPS = 32
 
 
@@ -219,7 +220,8 @@ def gas_snapshot(name: str) -> dict[str, int]:
 
 def naive_gas(lifecycle: dict[str, int], stages: int) -> dict[str, int]:
     """Gas beyond the escrow of one request of `stages` stages in which each shard sends its own transactions: without
-    a committee, and with three members on each stage, of which each sits on three stages.
+    a committee, and with three members on each stage, of which each sits on three stages; and of the latter, as of a
+    leaf of a batch that is opened, what comes after the commitments.
     """
     commits = (stages - 1) * lifecycle["commitStage"] + lifecycle["commitStage, last"]
     opened = commits + lifecycle["drawCommittee"] + stages * lifecycle["revealStage"]
@@ -229,6 +231,7 @@ def naive_gas(lifecycle: dict[str, int], stages: int) -> dict[str, int]:
     return {
         "without a committee": opened + stages * lifecycle["tally, unsampled"],
         "with 3 members a stage": opened + attested + tallied,
+        "from the draw on, with 3 members a stage": opened + attested + tallied - commits,
     }
 
 
@@ -239,8 +242,10 @@ def show_gas(stages: int = 4) -> None:
         print(f"{name:50} {gas:10}")
     for name, gas in naive_gas(lifecycle, stages).items():
         print(f"a request of {stages} stages {name}, one transaction a shard and step: {gas}, {gas // stages} a stage")
-    if BATCH_KEY not in gas_snapshot(BATCH_SNAPSHOT):
-        print(f"batches do not exist yet: their figure will be read from {BATCH_SNAPSHOT}, {BATCH_KEY!r}")
+    print("\na batch of 64 requests of 4 stages, gas a request: post, draw, settle")
+    for name, gas in gas_snapshot("Tabs.json").items():
+        if name.startswith("per request, 64"):
+            print(f"{name:50} {gas:10}")
 
 
 def gas_figures(stages: int = 4) -> list[Figure]:
@@ -252,6 +257,22 @@ def gas_figures(stages: int = 4) -> list[Figure]:
     found = [
         Figure("gas of a verified request alone, beyond the escrow", average, "gas", plain, judged, 1, "<= 60000", note)
     ]
-    if (batched := gas_snapshot(BATCH_SNAPSHOT).get(BATCH_KEY)) is not None:
-        found.append(Figure(f"gas of a {BATCH_KEY}", batched, "gas", batched, batched, 1, "<= 10000"))
+    tabs = gas_snapshot("Tabs.json")
+    first = tabs["per request, 64 requests of 8, first ever"]
+    for requesters, key in BATCHES.items():
+        batched, high = tabs[key], first if requesters == 8 else tabs[key]
+        label = f"gas of a request in a batch of 64 of {requesters} requester{'s' if requesters > 1 else ''}"
+        note = (
+            f"4 stages, post, draw and settle; a leaf that is drawn costs {tabs[OPENED_LEAF]} and a committee besides"
+        )
+        note += "; high: the first batch of everybody" if requesters == 8 else ""
+        found.append(Figure(label, batched, "gas", batched, high, 1, "<= 10000", note))
+    per_draw = TabTerms().tokens_per_draw
+    draws = -(-BATCH * TOKENS // per_draw)
+    leaves = draws * (tabs[OPENED_LEAF] + naive["from the draw on, with 3 members a stage"]) / BATCH
+    low, high = (tabs[key] + leaves for key in BATCHES.values())
+    note = f"{BATCH} requests of {TOKENS} tokens, one draw for each begun {per_draw}: {draws} leaves with a committee"
+    found.append(
+        Figure("gas of a request in a batch of 64, with its drawn leaves", high, "gas", low, high, 1, None, note)
+    )
     return found

@@ -2,7 +2,9 @@
 
 The traces are those of honest stages that answer with tokens drawn at a temperature. From the same inputs each stage is
 executed by an honest member (one pass) and by the cheat; both are sketched under many request seeds and judged at each
-answer length. The cheats of the last stage that send other tokens than the seed's draw are judged by their draws.
+answer length. The cheats of the last stage that send other tokens than the seed's draw are judged by their draws. What
+the first and the middle stage hand on is judged once more by itself, in each encoding, as if the cheat had executed
+honestly besides and sketched that.
 """
 
 from __future__ import annotations
@@ -37,7 +39,14 @@ from benchmarks.verification_cheats import (
     replayed,
     with_truncated_cache,
 )
-from benchmarks.verification_judge import Outcome, first_departure, outcome, request_seed, sketches_at
+from benchmarks.verification_judge import (
+    Outcome,
+    first_departure,
+    first_refused,
+    outcome,
+    request_seed,
+    sketches_at,
+)
 from benchmarks.verification_statistics import shown_share
 from benchmarks.verification_traces import (
     CUTS,
@@ -51,7 +60,7 @@ from benchmarks.verification_traces import (
     in_one_pass,
 )
 from bsns.protocol.sampling import SamplingParameters, draw, is_consistent_draw
-from bsns.protocol.sketch import TOLERANCES, distance
+from bsns.protocol.sketch import MAXIMUM_DISTANCE, TOLERANCES, distance
 from bsns.requester.chat_tokenizer import ChatTokenizer
 from bsns.runtime import activation_codec
 from bsns.runtime.activation_codec import TensorEncoding
@@ -80,7 +89,7 @@ MORE_PROMPTS = (
 )
 # Positions that the truncated cache keeps; the shortest prompt has 37 tokens.
 KV_WINDOW = 32
-COPIED = (TensorEncoding.RAW_FLOAT32, TensorEncoding.FLOAT16, TensorEncoding.BLOCKWISE_INT8)
+ENCODINGS = (TensorEncoding.RAW_FLOAT32, TensorEncoding.FLOAT16, TensorEncoding.BLOCKWISE_INT8)
 # Noise relative to the length of a row; honest executions reach 3e-6.
 PERTURBATIONS = (3e-6, 1e-5, 2e-5, 3e-5, 5e-5, 7e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 1e-3)
 GOAL = ">= 99.9"
@@ -166,6 +175,8 @@ class Detection:
     copies: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     # By relative size: verdicts over all stages and lengths.
     perturbations: dict[float, Counter[Outcome]] = field(default_factory=dict)
+    # By (cheat, encoding): whether an answer's rows were refused by a member that compares them with its own.
+    handed_on: dict[tuple[str, str], Counter[bool]] = field(default_factory=lambda: defaultdict(Counter))
     # Of the cheats that reach the head: how often their own tokens already were no draws, (number, of answers).
     false_draws: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -231,9 +242,14 @@ def _judge_honestly(job: _Job) -> list[str]:
     outputs = [in_one_pass(stage)(recording) for recording in recordings]
     expected = [job.sketched(item, place, job.grid.seeds) for place, item in enumerate(outputs)]
     job.save("expected", expected)
+    job.save("outputs", outputs)
     if job.centred:
         job.save("logits", [np.concatenate([rows[-1:] for rows in item]) for item in outputs])
     tolerance, wrong = TOLERANCES[EXECUTION_CLASS], []
+    for place, recording in enumerate([] if job.centred else recordings):
+        for encoding in ENCODINGS:
+            if (step := first_refused(recording.outputs, outputs[place], encoding, tolerance)) is not None:
+                wrong.append(f"honest stage {job.number}, prompt {place}: step {step} refused as {encoding.name}")
     for place, recording in enumerate(recordings[:1]):
         own = job.sketched(recording.outputs, place, job.grid.seeds)
         for length in job.grid.lengths:
@@ -243,29 +259,45 @@ def _judge_honestly(job: _Job) -> list[str]:
     return wrong
 
 
-def _judge_cheat(job: _Job) -> tuple[list[tuple[int, int, int, int]], tuple[int, int] | None]:
+@dataclass
+class _Judged:
     """Distances of one cheat at one stage, (prompt, seed, length, distance); at the last stage also in how many answers
-    its own draws are false, and of how many.
+    its own draws are false, and of how many; at the others, by encoding, whether its rows were refused at a length.
     """
+
+    distances: list[tuple[int, int, int, int]] = field(default_factory=list)
+    false_draws: tuple[int, int] | None = None
+    handed_on: dict[str, Counter[bool]] = field(default_factory=lambda: {item.name: Counter() for item in ENCODINGS})
+
+
+def _judge_cheat(job: _Job) -> _Judged:
     torch.set_num_threads(1)
     recordings: list[Recording] = job.load("recordings")
     expected: list[list[dict[int, bytes]]] = job.load("expected")
+    computed: list[Outputs] = job.load("outputs")
     of = SKETCH_CHEATS[job.cheat](prepare(), job.number)
-    found = []
-    false, tolerance = 0, TOLERANCES[EXECUTION_CLASS].logit_tolerance
+    found = _Judged()
+    false, tolerance = 0, TOLERANCES[EXECUTION_CLASS]
     logits = job.load("logits") if job.centred else []
     for place, recording in enumerate(recordings):
         outputs = of(recordings, place)(recording)
         for sample, values in enumerate(job.sketched(outputs, place, job.grid.seeds)):
             gaps = ((length, distance(value, expected[place][sample][length])) for length, value in values.items())
-            found += [(place, sample, length, gap) for length, gap in gaps]
+            found.distances += [(place, sample, length, gap) for length, gap in gaps]
+        for encoding in [] if job.centred else ENCODINGS:
+            refused = first_refused(outputs, computed[place], encoding, tolerance)
+            found.handed_on[encoding.name].update(refused is not None and refused < at for at in job.grid.lengths)
         if job.centred:
             parameters = sampling_of(place)
             departure = first_departure(
-                logits[place], parameters, partial(_drawn, [rows[-1] for rows in outputs], parameters), tolerance
+                logits[place],
+                parameters,
+                partial(_drawn, [rows[-1] for rows in outputs], parameters),
+                tolerance.logit_tolerance,
             )
             false += departure.is_false is not None
-    return found, (false, len(recordings)) if job.centred else None
+    found.false_draws = (false, len(recordings)) if job.centred else None
+    return found
 
 
 def _judge_perturbations(job: _Job) -> dict[float, list[int]]:
@@ -290,7 +322,7 @@ def _judge_copies(job: _Job) -> dict[str, list[int]]:
     seeds = min(job.grid.threshold_seeds, job.grid.seeds)
     found: dict[str, list[int]] = defaultdict(list)
     for place, recording in enumerate(recordings):
-        for encoding in COPIED:
+        for encoding in ENCODINGS:
             outputs = [_over_the_wire(rows, encoding) for rows in recording.outputs]
             for sample, values in enumerate(job.sketched(outputs, place, seeds)):
                 found[encoding.name] += [distance(value, expected[place][sample][at]) for at, value in values.items()]
@@ -336,8 +368,8 @@ def _drawn(logits: Sequence[Rows], parameters: SamplingParameters, step: int) ->
 
 
 def _by_draws(is_false: bool) -> Outcome:
-    # The sketch of such a stage is honest.
-    return outcome(0, TOLERANCES[EXECUTION_CLASS], evidence_holds=not is_false)
+    # The sketch of such a stage is honest; members disown theirs, which then lies far from any.
+    return outcome(MAXIMUM_DISTANCE // 2 if is_false else 0, TOLERANCES[EXECUTION_CLASS])
 
 
 def measure(folder: Path, grid: Grid, report: Callable[[str], None]) -> Detection:
@@ -356,8 +388,10 @@ def measure(folder: Path, grid: Grid, report: Callable[[str], None]) -> Detectio
         perturbations = [workers.submit(_judge_perturbations, job) for job in jobs]
         tokens = workers.submit(_judge_tokens, jobs[0])
         copies = [workers.submit(_judge_copies, job) for job in jobs if not job.centred]
-        for job, (found, draws) in zip(cheats, workers.map(_judge_cheat, cheats), strict=True):
-            for place, sample, length, gap in found:
+        for job, judged in zip(cheats, workers.map(_judge_cheat, cheats), strict=True):
+            for encoding, refused in judged.handed_on.items():
+                detection.handed_on[job.cheat, encoding] += refused
+            for place, sample, length, gap in judged.distances:
                 verdict = outcome(gap, tolerance)
                 detection.outcomes[job.cheat, job.number, length][verdict] += 1
                 detection.distances[job.cheat, job.number, length].append(gap)
@@ -366,8 +400,8 @@ def measure(folder: Path, grid: Grid, report: Callable[[str], None]) -> Detectio
                         f"{job.cheat}, {STAGE_NAMES[job.number]} stage, {length} tokens, prompt {place}, "
                         f"seed {sample}: distance {gap}, {verdict.value}"
                     )
-            if draws is not None:
-                detection.false_draws[job.cheat] = draws
+            if judged.false_draws is not None:
+                detection.false_draws[job.cheat] = judged.false_draws
         for (name_, length), verdicts in tokens.result().items():
             detection.outcomes[name_, LAST_STAGE, length] += verdicts
         for future in copies:
@@ -398,6 +432,11 @@ def show(detection: Detection, grid: Grid) -> None:
     print(f"not slashed: {len(detection.misses)}")
     for miss in detection.misses:
         print(f"  {miss}")
+    print("\nrows handed on that a member refuses, of judged, if the cheat had sketched an honest execution besides")
+    print(f"{'cheat':44}" + "".join(f"{encoding.name:>18}" for encoding in ENCODINGS))
+    for name in SKETCH_CHEATS:
+        counts = [detection.handed_on[name, encoding.name] for encoding in ENCODINGS]
+        print(f"{name:44}" + "".join(f"{count[True]:>12}/{count.total():<5}" for count in counts))
     print("\na member that sketches the next stage's input instead of executing, by its encoding: distances")
     for encoding, gaps in detection.copies.items():
         print(f"  {encoding:16} {min(gaps)} to {max(gaps)}")
@@ -429,6 +468,18 @@ def figures(detection: Detection, goal: str | None = GOAL) -> list[Figure]:
         if unpaid := verdicts[Outcome.UNPAID]:
             note += f"; {unpaid} more not paid"
         found.append(shown_share(f"slashed, {name}", slashed, verdicts.total(), goal, note))
+    for encoding_ in ENCODINGS:
+        counts = {name: detection.handed_on[name, encoding_.name] for name in SKETCH_CHEATS}
+        refused, judged = (sum(of(count) for count in counts.values()) for of in (lambda it: it[True], Counter.total))
+        share, passed = (
+            100 * refused / judged,
+            [f"{name} {it[False]} times" for name, it in counts.items() if it[False]],
+        )
+        # 8 bits round by 0.8 % of a row, and twice that is taken.
+        wanted = None if encoding_ is TensorEncoding.BLOCKWISE_INT8 else "== 100"
+        note = f"{refused} of {judged}" + (f"; taken: {', '.join(passed)}" if passed else "")
+        label = f"refused, other rows handed on as {encoding_.name}"
+        found.append(Figure(label, share, "% of answers", share, share, judged, wanted, note))
     for encoding, gaps in detection.copies.items():
         note = "first and middle stage; the last stage's sketch is of logits, which nobody hands on"
         low, high = min(gaps), max(gaps)

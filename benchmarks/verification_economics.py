@@ -33,6 +33,8 @@ FEE_PER_TOKEN = 1e-6
 TOKENS = 306
 STAGES = 3
 FEE = FEE_PER_TOKEN * TOKENS / STAGES
+# Of its work, what an executor saves with weights in bfloat16, which are half as many bytes to read.
+BFLOAT16_SAVES = 0.25
 # What an honest execution costs, of the fee.
 COST_SHARE = 0.8
 # A busy node: 0.4 requests a second (115 tokens a second, docs/performance.md), and up to 45 minutes from a commitment
@@ -74,11 +76,12 @@ def executor_of(
     terms: Terms, *, saved: float, in_flight: int, detected: float = 1.0, convicted: float = 1.0
 ) -> ExecutorCheat:
     """A cheat with the smallest stake that a deployment accepts. Money in ether."""
-    verification = terms.verification
+    verification, escrow = terms.verification, terms.escrow
     return ExecutorCheat(
         sampling=verification.sampling_rate_bps / BASIS_POINTS,
         stake=terms.registry.minimum_stake / ETHER,
-        fee=FEE,
+        # Only a request that is drawn can be lost, and of its fee the committee has a share.
+        fee=FEE * (1 - (escrow.protocol_fee_bps + escrow.verifier_share_bps) / BASIS_POINTS),
         saved=saved * COST_SHARE * FEE,
         incorrect_slash=verification.incorrect_slash_bps / BASIS_POINTS,
         withhold_slash=verification.withhold_slash_bps / BASIS_POINTS,
@@ -118,16 +121,19 @@ def executor_lines(deployment: str, measured: Measured) -> Iterator[Line]:
         cheat = whole(convicted=conviction(terms, nodes, share, coalition))
         sits = min(1.0, seats / nodes) * max(0.0, share * nodes - 1)
         saves = cheat.sampling * sits * measured.check_share * COST_SHARE * FEE
-        remedy = "votes that count by seats and not by stake" if coalition is Coalition.ONE_KEY else "none"
         name = f"executor with {label} in {coalition.value}, {IN_FLIGHT} in flight"
-        yield _line(name, replace(cheat, verification_saved=saves), remedy)
+        yield _line(name, replace(cheat, verification_saved=saves), "none")
     unseen = executor_of(terms, saved=0.5, in_flight=1, detected=0.0)
     remedy = "declare another class; the evidence of many requests exposes it (below)"
     yield _line("executor of a bfloat16 class with 8-bit weights (not detected)", unseen, remedy)
-    remedy = "compare what is handed on with what is sketched"
-    # It serves from 8-bit weights and sketches one honest pass, as a member would make it.
-    unseen = executor_of(terms, saved=max(0.0, 0.5 - measured.check_share), in_flight=1, detected=0.0)
-    yield _line("executor that hands on other bytes than it sketches (not detected)", unseen, remedy)
+    # It serves from lighter weights and sketches one honest pass, as a member would make it.
+    name = f"executor that serves from 8-bit weights and sketches honestly, {IN_FLIGHT} in flight"
+    saved = max(0.0, 0.5 - measured.check_share)
+    yield _line(name, executor_of(terms, saved=saved, in_flight=IN_FLIGHT, detected=measured.detected))
+    name = "executor that so serves from bfloat16 weights and hands on in 8 bits (not detected)"
+    saved = max(0.0, BFLOAT16_SAVES - measured.check_share)
+    remedy = "compare the codes with those of the member's own rows, not only the distance"
+    yield _line(name, executor_of(terms, saved=saved, in_flight=1, detected=0.0), remedy)
 
 
 def _line(name: str, cheat: ExecutorCheat, remedy: str = "") -> Line:
@@ -162,7 +168,7 @@ def member_lines(deployment: str, measured: Measured) -> Iterator[Line]:
     needed = verifier_share_for(seats, measured.check_share, COST_SHARE)
     yield Line(
         f"member that does not sit, against one that executes ({seats} seats share {100 * share:.0f} % of the fee)",
-        -lazy.honest_gain,
+        lazy.reexecution - lazy.reward,
         f"verifier share {needed:.3g}",
         f"verifier_share_bps at least {needed * BASIS_POINTS:.0f}" if lazy.honest_gain < 0 else "",
     )

@@ -2,7 +2,8 @@
 
 Threads, pieces of a re-execution, decoding alone and in batches, oneDNN and the kernels that take its place, another
 attention kernel, the instructions of an older processor, in each arithmetic that can be declared; and every cut of the
-model. The reference is token-by-token decoding by one thread.
+model. The reference is token-by-token decoding by one thread; its rows, as they are handed on in each encoding, are
+compared with what the others compute, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.result import Figure
-from benchmarks.verification_detection import WORKERS, sampling_of, texts
-from benchmarks.verification_judge import Outcome, outcome, request_seed, sketches_at
+from benchmarks.verification_detection import ENCODINGS, WORKERS, sampling_of, texts
+from benchmarks.verification_judge import Outcome, first_refused, outcome, request_seed, sketches_at
 from benchmarks.verification_statistics import clopper_pearson
 from benchmarks.verification_traces import (
     CUTS,
@@ -58,22 +60,32 @@ QUICK = Size(1, 2, (1, 4), 1, 2, ("float32",), 100)
 
 @dataclass
 class Honest:
-    """Distances by (arithmetic, way of executing)."""
+    """Distances by (arithmetic, way of executing); how often the rows of an answer, handed on in one encoding, were
+    refused (True) and not.
+    """
 
-    distances: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
+    distances: dict[tuple[str, str], list[int]] = field(default_factory=partial(defaultdict, list))
+    refused: Counter[bool] = field(default_factory=Counter)
 
+    def compare(
+        self, key: tuple[str, str], reference: Outputs, others: Outputs, number: int, last: bool, place: int, size: Size
+    ) -> None:
+        tolerance = TOLERANCES[f"torch-cpu/{key[0]}/sdpa"]
+        seeds = size.cut_seeds if number >= len(CUTS) else size.seeds
+        for sample in range(seeds):
+            seed = request_seed(number, "honest", place, sample)
+            mine, theirs = (
+                sketches_at(rows, seed, tolerance.unit, size.lengths, centred=last) for rows in (reference, others)
+            )
+            self.distances[key] += [distance(mine[length], theirs[length]) for length in size.lengths]
+        if not last:
+            self.refused.update(
+                first_refused(reference, others, encoding, tolerance) is not None for encoding in ENCODINGS
+            )
 
-def _compared(
-    reference: Outputs, others: Outputs, arithmetic: str, number: int, last: bool, place: int, size: Size
-) -> list[int]:
-    unit = TOLERANCES[f"torch-cpu/{arithmetic}/sdpa"].unit
-    seeds = size.cut_seeds if number >= len(CUTS) else size.seeds
-    found = []
-    for sample in range(seeds):
-        seed = request_seed(number, "honest", place, sample)
-        mine, theirs = (sketches_at(rows, seed, unit, size.lengths, centred=last) for rows in (reference, others))
-        found += [distance(mine[length], theirs[length]) for length in size.lengths]
-    return found
+    def add(self, other: Honest) -> None:
+        self.distances.update(other.distances)
+        self.refused += other.refused
 
 
 def _recordings(
@@ -88,31 +100,30 @@ def _recordings(
     return [[recording[number] for recording in answers] for number in range(len(stages))]
 
 
-def of_arithmetic(case: tuple[str, Size]) -> dict[tuple[str, str], list[int]]:
+def of_arithmetic(case: tuple[str, Size]) -> Honest:
     """All ways of executing the three stages in one arithmetic."""
     arithmetic, size = case
     torch.set_num_threads(1)
     folder, last = prepare(), len(CUTS) - 2
     recordings = _recordings(folder, CUTS, arithmetic, size.prompts, max(size.lengths))
     older = on_older_processor(arithmetic, recordings)
-    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    found, old = Honest(), (arithmetic, "honest: one pass, instructions of an older processor")
     for number, row in enumerate(recordings):
         for place, recording in enumerate(row):
-            gaps = _compared(recording.outputs, older[number][place], arithmetic, number, number == last, place, size)
-            found[arithmetic, "honest: one pass, instructions of an older processor"] += gaps
+            found.compare(old, recording.outputs, older[number][place], number, number == last, place, size)
         for name, execute in honest_ways(folder, (CUTS[number], CUTS[number + 1]), arithmetic, row):
             for place, recording in enumerate(row):
-                gaps = _compared(recording.outputs, execute(recording), arithmetic, number, number == last, place, size)
-                found[arithmetic, name] += gaps
-    return dict(found)
+                key, own = (arithmetic, name), execute(recording)
+                found.compare(key, recording.outputs, own, number, number == last, place, size)
+    return found
 
 
-def of_every_cut(size: Size) -> dict[tuple[str, str], list[int]]:
+def of_every_cut(size: Size) -> Honest:
     """Each stage that begins with the model and each that ends with it, decoded and in one pass. Stages of one unit are
     run one after the other, which is what a longer stage does.
     """
     torch.set_num_threads(1)
-    folder, found = prepare(), []
+    folder, found, key = prepare(), Honest(), ("float32", EVERY_CUT)
     units = CUTS[-1]
     stages = honest_stages(folder, tuple(range(units + 1)), "float32")
     recordings = _recordings(folder, tuple(range(units + 1)), "float32", size.cut_prompts, max(size.lengths))
@@ -130,11 +141,11 @@ def of_every_cut(size: Size) -> dict[tuple[str, str], list[int]]:
     for place in range(size.cut_prompts):
         for cut, outputs in enumerate(passes(place, 0)[:-1], 1):
             reference = recordings[cut - 1][place].outputs
-            found += _compared(reference, outputs, "float32", units + cut, False, place, size)
+            found.compare(key, reference, outputs, units + cut, False, place, size)
         for cut in range(1, units):
             outputs = passes(place, cut)[-1]
-            found += _compared(recordings[-1][place].outputs, outputs, "float32", 2 * units + cut, True, place, size)
-    return {("float32", EVERY_CUT): found}
+            found.compare(key, recordings[-1][place].outputs, outputs, 2 * units + cut, True, place, size)
+    return found
 
 
 def measure(size: Size, report: Callable[[str], None]) -> Honest:
@@ -143,8 +154,8 @@ def measure(size: Size, report: Callable[[str], None]) -> Honest:
     with ProcessPoolExecutor(WORKERS, get_context("spawn")) as workers:
         cuts = workers.submit(of_every_cut, size)
         for found in workers.map(of_arithmetic, [(arithmetic, size) for arithmetic in size.arithmetics]):
-            honest.distances.update(found)
-        honest.distances.update(cuts.result())
+            honest.add(found)
+        honest.add(cuts.result())
     return honest
 
 
@@ -171,6 +182,8 @@ def figures(honest: Honest, size: Size) -> list[Figure]:
         Figure("honest comparisons", total, "comparisons", total, total, total, f">= {size.comparisons}"),
         Figure("honest stages slashed", slashed, "comparisons", slashed, slashed, total, "== 0", bound),
         Figure("honest stages not paid", counted[Outcome.UNPAID], "comparisons", 0, total, total, "== 0"),
+        Figure("honest answers whose rows handed on are refused", honest.refused[True], "answers", 0,
+               honest.refused.total(), honest.refused.total(), "== 0", "all stages but the last, in three encodings"),
         Figure("honest distances beyond r", beyond_radius, "comparisons", 0, total, total, "== 0",
                f"95 % upper bound of the share {100 * clopper_pearson(beyond_radius, total)[1]:.3f} %"),
     ]  # fmt: skip

@@ -14,6 +14,8 @@ from benchmarks.result import Figure
 ROOT = Path(__file__).parents[1]
 ATTACKS = "tests/contracts/Attacks.t.sol"
 TALLY = "tests/contracts/OutputVerification.t.sol"
+VOTES = "tests/contracts/Votes.t.sol"
+CODEC = "tests/unit/test_runtime_activation_codec.py"
 RING = "tests/integration/test_node_ring.py"
 NETWORK = "tests/integration/test_network.py"
 HAND_OVER = "tests/unit/test_protocol_hand_over.py"
@@ -79,7 +81,15 @@ ANSWERED = (
             (HAND_OVER, "test_linkage_with_changed_outputs_blames_the_sender_by_its_own_statement"),
             (HAND_OVER, "test_linkage_with_a_neighbour_that_made_its_evidence_up_does_not_blame_the_honest_end"),
         ),
-        "bytes that were handed over and are not what was sketched",
+    ),
+    Attack(
+        "an honest sketch, and other bytes handed on",
+        (
+            (RING, "test_stage_that_sketches_honestly_and_hands_on_other_rows_has_a_sketch_that_is_nobodys"),
+            (CODEC, "test_other_rows_cannot_be_handed_on"),
+            (CODEC, "test_rows_with_float_noise_can_be_handed_on_in_any_encoding"),
+        ),
+        "rows that travel in 8 bits may differ by as much as 8 bits round: weights in bfloat16 pass",
     ),
     Attack(
         "another model or arithmetic, end to end",
@@ -106,8 +116,9 @@ ANSWERED = (
             (TALLY, "test_tally_lyingMember_callsTheBackupCommitteeWhichSlashesIt"),
             (TALLY, "test_tally_noQuorumInThreeRounds_refundsAndSlashesNobody"),
             (ATTACKS, "test_CDV_04_accompliceThatWithholds_doesNotSpareTheLiar"),
+            (VOTES, "test_CDV_06_largeKeyOfAFifth_cannotSpareALiarNorHurtTheHonest"),
         ),
-        "section capture: votes count by stake, so one large key outweighs a committee of small ones",
+        "section capture: a third of the votes blocks, two thirds decide",
     ),
     Attack(
         "an executor on its own committee",
