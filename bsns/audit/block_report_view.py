@@ -28,6 +28,7 @@ from bsns.audit.books import FOR_EVER
 from bsns.audit.chain_facts import NO_DISTANCE
 from bsns.audit.entries import JailEntry, Place, RequestMoney, RequestVerdicts, SlashEntry
 from bsns.audit.pinned_history import Progress
+from bsns.audit.report import printable
 from bsns.audit.verification import Check
 from bsns.protocol.record import NO_STAGE
 
@@ -94,7 +95,7 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
     """One line for each check, and how many hold."""
     console.width = min(console.width, MAXIMUM_WIDTH)
     for item in checks:
-        line = f"{'ok    ' if item.ok else 'FAILED'}  {item.name}: {_harmless(item.detail)}"
+        line = f"{'ok    ' if item.ok else 'FAILED'}  {item.name}: {printable(item.detail)}"
         console.print(Text(textwrap.fill(line, console.width, subsequent_indent=" " * 8, break_on_hyphens=False)))
     failed = sum(not item.ok for item in checks)
     console.print(f"{failed} of {len(checks)} checks failed" if failed else f"{len(checks)} checks, all hold")
@@ -175,7 +176,7 @@ def _assignments(report: BlockReport) -> Iterator[Row]:
     found = report.assignments
     rows: list[tuple[Place, Row]] = []
     for model in found.models:
-        details = f"{_harmless(model.name)}, {model.unit_count} units, by {_account(model.registrant)}"
+        details = f"{printable(model.name)}, {model.unit_count} units, by {_account(model.registrant)}"
         rows.append((model.at, (*_where(model.at), "model registered", _hash(model.model_id), details)))
     for plan in found.plans:
         stages = len({item.stage for item in plan.assignments})
@@ -342,10 +343,6 @@ def _time(seconds: int) -> str:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (ValueError, OverflowError, OSError):  # an endpoint may say anything
         return f"second {seconds}"
-
-
-def _harmless(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _write(text: str) -> None:

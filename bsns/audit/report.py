@@ -17,6 +17,11 @@ def show(record: VerificationRecord) -> str:
     return "\n".join(_lines(record))
 
 
+def printable(text: str) -> str:
+    """`text` of anybody's as it may reach a terminal: what is no letter or sign of a script is replaced."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def _lines(record: VerificationRecord) -> Iterator[str]:
     request, domain = record.request, record.domain
     opened = datetime.fromtimestamp(request.opened_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
@@ -24,7 +29,8 @@ def _lines(record: VerificationRecord) -> Iterator[str]:
     yield f"             {record.status} as of block {record.as_of.number}, opened {opened}"
     yield f"Chain        {domain.chain_id}, escrow {domain.inference_escrow}, verification {domain.output_verification}"
     yield f"Requester    {request.requester}, deposit {request.deposit} wei, {request.fee_per_token} wei a token"
-    yield f"Model        {record.model.name} 0x{record.model.model_id.hex()} ({record.model.unit_count} units)"
+    name, units = printable(record.model.name), record.model.unit_count
+    yield f"Model        {name} 0x{record.model.model_id.hex()} ({units} units)"
     yield f"Plan         0x{record.plan.plan_id.hex()} epoch {record.plan.epoch} of {record.plan.publisher}"
     yield f"Tokens       {request.prompt_tokens} of prompt, at most {request.maximum_tokens} of answer"
     yield f"Disclosed    {_disclosed(record)}"

@@ -8,8 +8,9 @@ bsns.chain.submitter, bsns.chain.patient_client and the coordinator's outbox.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -64,6 +65,7 @@ GAS_HEADROOM = 250_000
 PRIORITY_FEE_WEI = 10**9
 RECEIPT_POLL_S = 0.1
 DEPLOY_TIMEOUT_S = 60.0
+_CLOSE_TIMEOUT_S = 5.0
 MAXIMUM_LOG_RANGE = 2_000
 _UNKNOWN_BLOCK_CODE = -32_000
 # An endpoint that prunes its history may drop the very block that it has just resolved "latest" to.
@@ -204,8 +206,12 @@ class Web3ChainClient:
         return client
 
     async def close(self) -> None:
-        """Give the connections back."""
-        await self._web3.provider.disconnect()
+        """Give the connections back, if the library does within a few seconds: a call that was cancelled while it
+        waited can leave a lock of its behind, and no process may hang for that.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await self._web3.provider.disconnect()
 
     async def __aenter__(self) -> Web3ChainClient:
         return self
