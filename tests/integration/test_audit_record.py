@@ -251,7 +251,9 @@ def mutations(value: Any, chooser: random.Random) -> list[Any]:
         return [value + 1, value ^ 1 << chooser.randrange(1, 16)]
     alphabet = "0123456789abcdef" if value.startswith("0x") else "0123456789" if value.isdigit() else "abcXYZ9"
     at = chooser.randrange(2 if value.startswith("0x") else 0, len(value)) if value else 0
-    other = chooser.choice([letter for letter in alphabet if letter != value[at : at + 1].lower()])
+    present = value[at : at + 1]
+    # Neither the same letter, nor one that differs in its case alone: for an address that is no change.
+    other = chooser.choice([letter for letter in alphabet if letter.lower() != present.lower()])
     found = [value[:at] + other + value[at + 1 :]]
     if value.startswith("0x") and len(value) == 42:
         found.append(to_checksum_address(bytes(byte ^ 1 for byte in bytes.fromhex(value[2:]))))
