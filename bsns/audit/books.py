@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from eth_typing import ChecksumAddress
 
-from bsns.audit.chain_facts import NOBODY, SLASH_REASONS, STAGE_VERDICTS
+from bsns.audit.chain_facts import NOBODY, SLASH_REASONS, STAGE_VERDICTS, VERIFICATION_EVENTS
 from bsns.audit.entries import (
     AccountCredit,
     ChallengeEntry,
@@ -210,24 +210,6 @@ class _Sums:
     bonds_ended: int = 0
 
 
-_VERDICT_EVENTS: Final = frozenset(
-    {
-        "StageCommitted",
-        "CommitmentsComplete",
-        "EntropyRenewed",
-        "CommitteeDrawn",
-        "AttestationCommitted",
-        "StageRevealed",
-        "AttestationRevealed",
-        "StageTallied",
-        "RoundEscalated",
-        "VerdictReached",
-        "Challenged",
-        "ChallengeResolved",
-        "RequestConcluded",
-        "ContradictionProven",
-    }
-)
 # Of the registry, and about neither stake nor money.
 _IGNORED: Final = frozenset({"EndpointChanged", "DutyOpened", "DutyClosed"})
 
@@ -666,7 +648,7 @@ class Books:
             self._challenge_resolved(event, request_id)
         elif event.name == "RequestConcluded":
             self._open.concluded.add(request_id)
-        if self._records and event.name in _VERDICT_EVENTS:
+        if self._records and event.name in VERIFICATION_EVENTS:
             self._judge(event, self._verdicts.setdefault(request_id, _Verdicts()))
 
     def _challenged(self, event: ChainEvent, request_id: bytes) -> None:

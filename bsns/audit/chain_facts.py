@@ -65,7 +65,7 @@ _ESCROW_EVENTS: Final = (
     "RequestRefunded",
     "Credited",
 )
-_VERIFICATION_EVENTS: Final = (
+VERIFICATION_EVENTS: Final = (
     "StageCommitted",
     "CommitmentsComplete",
     "EntropyRenewed",
@@ -145,7 +145,7 @@ async def gather(client: ChainClient, deployment: Deployment, request_id: bytes,
         client, deployment, last, "ShardAssignments", "ModelRegistered", modelId=plan.arguments["modelId"]
     )
     found = [opened]
-    for contract, names in (("InferenceEscrow", _ESCROW_EVENTS), ("OutputVerification", _VERIFICATION_EVENTS)):
+    for contract, names in (("InferenceEscrow", _ESCROW_EVENTS), ("OutputVerification", VERIFICATION_EVENTS)):
         for name in names:
             found += await client.events_between(
                 opened.block_number, last, contract=contract, name=name, filters={"requestId": request_id}

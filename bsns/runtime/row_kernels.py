@@ -36,7 +36,7 @@ CORRECTIONS: Final = 4
 _ROW_BYTES: Final = 4 * (CORRECTIONS + 1)
 
 # Where LLVM is known to lower the code: on some others it ends the process over a vector for which it has no rule.
-_MACHINES: Final = ("x86_64", "amd64", "aarch64", "arm64")
+MACHINES: Final = ("x86_64", "amd64", "aarch64", "arm64")
 
 # To wake a thread takes about 50 µs; this many bytes of weights take 200 µs.
 _BYTES_PER_THREAD: Final = 4_000_000
@@ -148,7 +148,7 @@ def _pool() -> ThreadPoolExecutor:
 @cache
 def row_kernels(numbers: FixedPoint) -> RowKernels | None:
     """The kernels of this processor, compiled once; None where there can be none."""
-    if platform.machine().lower() not in _MACHINES:
+    if platform.machine().lower() not in MACHINES:
         return None
     try:
         from llvmlite import binding

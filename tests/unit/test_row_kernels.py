@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import llvmlite.binding as llvm
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +14,6 @@ from torch.nn.functional import rms_norm
 
 from bsns.runtime import row_kernels as module
 from bsns.runtime.row_kernels import PADDING, FixedPoint, RowKernels, compiled, meeting, row_kernels
-
-llvm = pytest.importorskip("llvmlite.binding")
 
 NUMBERS = FixedPoint(6.0, 0x808080, 2.0**-8)
 ROWS = (1, 2, 3, 4, 5, 11)

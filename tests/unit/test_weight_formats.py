@@ -1,5 +1,6 @@
 """Packed linear maps: accurate, and in int8 with the same bits alone, in any batch and at any thread count."""
 
+import platform
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bsns.runtime import weight_formats
-from bsns.runtime.row_kernels import RowKernels
+from bsns.runtime.row_kernels import MACHINES, RowKernels
 from bsns.runtime.weight_formats import (
     ARITHMETICS,
     INT8_INPUT_LIMIT,
@@ -20,6 +21,11 @@ from bsns.runtime.weight_formats import (
 SHAPES = [(1, 1), (1, 7), (17, 33), (960, 576), (5, 4099), (3, 65_536)]
 # The large channel makes the rounding of a few weights the whole error of the int8 outputs, hence the wider bound.
 RELATIVE_ERROR = {"float32": 2e-6, "bfloat16": 1e-2, "int8": 2e-2}
+
+# By the machine and not by whether there are kernels: where they are made for it they have to work.
+needs_row_kernels = pytest.mark.skipif(
+    platform.machine().lower() not in MACHINES, reason="row kernels are not made for this kind of machine"
+)
 
 
 @pytest.fixture
@@ -128,7 +134,7 @@ def test_int8_large_batch_has_the_same_bits_where_the_integer_kernel_saturates(m
     assert torch.equal(pack(weight, bias, "int8")(inputs), output)
 
 
-@pytest.mark.skipif(checked_row_kernels() is None, reason="no row kernels for this processor")
+@needs_row_kernels
 @pytest.mark.parametrize("arithmetic", ["float32", "int8"])
 def test_few_rows_are_computed_by_row_kernels(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, bias, inputs = drawn(17, 576, rows=50)
@@ -154,6 +160,12 @@ def test_float32_without_row_kernels_differs_by_rounding_only(monkeypatch: pytes
     assert relative_error(pack(weight, bias, "float32")(inputs), output) < 1e-6
 
 
+@needs_row_kernels
+def test_row_kernels_stand_their_check_on_this_processor() -> None:
+    assert checked_row_kernels() is not None
+
+
+@needs_row_kernels
 @pytest.mark.parametrize("name", ["int8", "float32", "rms_norm"])
 def test_row_kernels_that_compute_something_else_are_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong:
@@ -162,8 +174,6 @@ def test_row_kernels_that_compute_something_else_are_not_used(name: str, monkeyp
             right = getattr(kernels, asked)
             return (lambda *arguments: right(*arguments) * 1.001) if asked == name else right
 
-    if checked_row_kernels() is None:
-        pytest.skip("no row kernels for this processor")
     monkeypatch.setattr(weight_formats, "row_kernels", lambda _: Wrong())
     assert checked_row_kernels.__wrapped__() is None
 
