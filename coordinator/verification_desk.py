@@ -15,10 +15,9 @@ from typing import Any
 from bsns.protocol.commitments import vote_weight
 from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import ZERO_HASH, RequestId
+from bsns.protocol.sketch import distance
 from coordinator.network_state import AttestationState, RequestState
 from coordinator.storage import Intent
-
-_SKETCH_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +96,6 @@ def wanted_intents(
             return ()
 
 
-def sketch_distance(a: bytes, b: bytes) -> int:
-    """Circular L1 distance over 32 one-byte coordinates, as OutputVerification.sketchDistance."""
-    if len(a) != _SKETCH_BYTES or len(b) != _SKETCH_BYTES:
-        raise ValueError(f"a sketch has {_SKETCH_BYTES} bytes, got {len(a)} and {len(b)}")
-    return sum(min(abs(x - y), 256 - abs(x - y)) for x, y in zip(a, b, strict=True))
-
-
 def best_medoid(members: tuple[AttestationState, ...], rules: VerificationRules, snapshot_stake: int) -> int | None:
     """Index of the revealed member whose sketch the most votes support by weight, if that is a quorum; ties to the
     first.
@@ -132,7 +124,7 @@ def _agree(a: AttestationState, b: AttestationState, tolerance: int) -> bool:
         return False
     if a.reveal.output_tokens != b.reveal.output_tokens:
         return False
-    return sketch_distance(a.reveal.sketch, b.reveal.sketch) <= tolerance
+    return distance(a.reveal.sketch, b.reveal.sketch) <= tolerance
 
 
 def _draw(request: RequestState, view: VerificationView, now: int, head_number: int) -> tuple[Intent, ...]:

@@ -19,13 +19,11 @@ from coordinator.verification_desk import (
     VerificationRules,
     VerificationView,
     best_medoid,
-    sketch_distance,
     wanted_intents,
 )
 
 _RULES = VerificationRules(tolerance=96, minimum_reveals=2, committee_seats=3)
 _DEADLINE = 10_000
-_sketches = st.binary(min_size=32, max_size=32)
 
 
 def _reveal(sketch: bytes = bytes(32), tokens: int = 3) -> Reveal:
@@ -76,11 +74,6 @@ def _view(phase: Phase, **changes: Any) -> VerificationView:
 
 def _wanted(request: RequestState, view: VerificationView | None, now: int, head: int = 60) -> list[Intent]:
     return list(wanted_intents(request, view, _RULES, now=now, head_number=head))
-
-
-@given(a=_sketches, b=_sketches)
-def test_sketch_distance_is_the_protocols(a: bytes, b: bytes) -> None:
-    assert sketch_distance(a, b) == distance(a, b)
 
 
 @settings(max_examples=300)
