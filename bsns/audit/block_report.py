@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Union, get_args, get_origin, get_t
 from eth_typing import ChecksumAddress
 
 from bsns.audit.books import PROBLEMS_KEPT, Books
+from bsns.audit.chain_facts import contract_domain
 from bsns.audit.entries import (
     AccountCredit,
     CreditEntry,
@@ -183,7 +184,7 @@ async def make_report(
     await history.require_unchanged()
     return BlockReport(
         format=REPORT_FORMAT,
-        domain=_domain(deployment),
+        domain=contract_domain(deployment, deployment.first_block),
         first=_stamp(start),
         last=_stamp(history.last),
         stakes=Stakes(entries.nodes, entries.movements),
@@ -211,7 +212,8 @@ async def verify_report(
     except ValueError as error:
         return [Check("report format", False, str(error))]
     checks = [Check("report format", True, "canonical JSON")]
-    different = first_difference(document["domain"], _encode(_domain(deployment), ContractDomain), "domain")
+    domain = contract_domain(deployment, deployment.first_block)
+    different = first_difference(document["domain"], _encode(domain, ContractDomain), "domain")
     checks.append(_compared("contracts", different, "those of the deployment"))
     first, last = document["first"]["number"], document["last"]["number"]
     block = await _last_block(document, client, deployment)
@@ -544,19 +546,6 @@ def _present(kind: Any) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         return next(item for item in get_args(kind) if item is not type(None))
     return kind
-
-
-def _domain(deployment: Deployment) -> ContractDomain:
-    return ContractDomain(
-        deployment.chain_id,
-        deployment.node_registry,
-        deployment.shard_assignments,
-        deployment.inference_escrow,
-        deployment.output_verification,
-        deployment.request_tabs,
-        deployment.treasury,
-        deployment.first_block,
-    )
 
 
 def _stamp(block: Block) -> BlockStamp:

@@ -129,6 +129,20 @@ class _Gathering:
         return self.times[event.block_number]
 
 
+def contract_domain(deployment: Deployment, first_block: int) -> ContractDomain:
+    """The contracts of `deployment`, whose events begin in `first_block`."""
+    return ContractDomain(
+        deployment.chain_id,
+        deployment.node_registry,
+        deployment.shard_assignments,
+        deployment.inference_escrow,
+        deployment.output_verification,
+        deployment.request_tabs,
+        deployment.treasury,
+        first_block,
+    )
+
+
 async def gather(client: ChainClient, deployment: Deployment, request_id: bytes, as_of: Block) -> ChainFacts:
     """Everything on chain about `request_id` up to block `as_of`. AuditError if there is no such request; ChainError
     if the chain is not there.
@@ -218,16 +232,7 @@ async def _assemble(
     entropy = _entropy(gathering, commitments)
     slashes, jailings = _penalties(gathering, bytes(opened.arguments["requestId"]))
     return VerificationRecord(
-        domain=ContractDomain(
-            deployment.chain_id,
-            deployment.node_registry,
-            deployment.shard_assignments,
-            deployment.inference_escrow,
-            deployment.output_verification,
-            deployment.request_tabs,
-            deployment.treasury,
-            min(registry[0].block_number, model.block_number),
-        ),
+        domain=contract_domain(deployment, min(registry[0].block_number, model.block_number)),
         terms=await read_terms(client),
         as_of=BlockReference(as_of.number, as_of.hash),
         status=_status(gathering),

@@ -13,7 +13,7 @@ from bsns.protocol.sampling import SamplingParameters
 from bsns.v1 import common_pb2
 from node_client.compute_thread import PIECE_ROWS_BESIDE
 from tests.integration.node_fixtures import Network, OpenedRequest, read_answer, running_network, short_terms, until
-from tests.integration.test_node_ring import reveals, whole_model_answer
+from tests.integration.test_node_ring import near_their_own_commitment, whole_model_answer
 
 pytestmark = [pytest.mark.chain, pytest.mark.slow]
 
@@ -108,15 +108,4 @@ async def test_eight_bit_weights_and_compressed_activations_are_judged_in_their_
         assert answer.ended is not None
         assert len(answer.tokens) == answer.ended.tokens
         await network.draw(opened)
-        attested = await reveals(network, opened, "AttestationRevealed", 9)
-        staged = {
-            item.arguments["stage"]: item.arguments for item in await reveals(network, opened, "StageRevealed", 3)
-        }
-        for item in attested:
-            own = staged[item.arguments["stage"]]
-            assert item.arguments["evidenceRoot"] == own["evidenceRoot"]
-            assert item.arguments["outputTokens"] == len(answer.tokens)
-            distance = await network.client.call(
-                "OutputVerification", "sketchDistance", item.arguments["sketch"], own["sketch"]
-            )
-            assert distance <= 128, (item.arguments["stage"], distance)
+        await near_their_own_commitment(network, opened, answer, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from bsns.v1 import common_pb2, execution_pb2
 from node_client.evidence_store import EvidenceStore, StageResult
 from node_client.shard_runtime import ShardRuntime, StepOutput, decode_input, new_sketch
 from tests.integration.node_fixtures import (
+    Answer,
     Network,
     OpenedRequest,
     read_answer,
@@ -252,12 +253,14 @@ async def test_stage_that_sketches_honestly_and_hands_on_other_rows_has_a_sketch
         answer = await network.ask(opened, ("a", "b", "c"))
         assert answer.ended is not None, answer.rejected
         await network.draw(opened)
-        await near_their_own_commitment(network, opened, 3, far={1})
+        await near_their_own_commitment(network, opened, answer, 3, far={1})
 
 
-async def near_their_own_commitment(network: Network, opened: OpenedRequest, stages: int, *, far: set[int]) -> None:
-    """All members' sketches lie within the honest radius of the executor's, those of the stages `far` beyond 2 tau and
-    still as near to one another.
+async def near_their_own_commitment(
+    network: Network, opened: OpenedRequest, answer: Answer, stages: int, far: Container[int] = ()
+) -> None:
+    """Everybody attests the executor's evidence and the answer's number of tokens. All members' sketches lie within the
+    honest radius of the executor's, those of the stages `far` beyond 2 tau and still as near to one another.
     """
     attested = await reveals(network, opened, "AttestationRevealed", stages * (len(network.services) - 1))
     staged = {
@@ -265,7 +268,7 @@ async def near_their_own_commitment(network: Network, opened: OpenedRequest, sta
     }
     for stage, own in staged.items():
         found = [item.arguments for item in attested if item.arguments["stage"] == stage]
-        assert {item["outputTokens"] for item in found} == {own["outputTokens"]}
+        assert {own["outputTokens"], *(item["outputTokens"] for item in found)} == {len(answer.tokens)}
         assert {item["evidenceRoot"] for item in found} == {own["evidenceRoot"]}
         for item in found:
             away = distance(bytes(item["sketch"]), bytes(own["sketch"]))

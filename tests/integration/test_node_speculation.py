@@ -100,18 +100,7 @@ async def test_committee_executes_rejected_drafts_too_and_agrees(tmp_path: Path)
             opened, answer = await answered(network, plan, "abc", asked)
             assert 0 < answer.accepted < answer.drafted
             await network.draw(opened)
-            attested = await reveals(network, opened, "AttestationRevealed", 9)
-            staged = {
-                item.arguments["stage"]: item.arguments for item in await reveals(network, opened, "StageRevealed", 3)
-            }
-            for item in attested:
-                own = staged[item.arguments["stage"]]
-                assert item.arguments["evidenceRoot"] == own["evidenceRoot"]
-                assert item.arguments["outputTokens"] == own["outputTokens"] == len(answer.tokens)
-                distance = await network.client.call(
-                    "OutputVerification", "sketchDistance", item.arguments["sketch"], own["sketch"]
-                )
-                assert distance <= 64, (item.arguments["stage"], distance)
+            await near_their_own_commitment(network, opened, answer, 3)
 
 
 class CredulousAnswer(SpeculatedAnswer):
@@ -136,7 +125,7 @@ async def test_last_stage_that_accepts_a_draft_which_is_not_the_draw_has_a_sketc
         opened, answer = await answered(network, plan, "ab", asked)
         assert answer.tokens != one_process(network, *asked), "the lie is to change the answer"
         await network.draw(opened)
-        await near_their_own_commitment(network, opened, 2, far={1})
+        await near_their_own_commitment(network, opened, answer, 2, far={1})
 
 
 class WastefulAnswer(SpeculatedAnswer):
