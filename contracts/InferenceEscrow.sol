@@ -5,10 +5,12 @@ import {ReentrancyGuardTransient} from "solady/utils/ReentrancyGuardTransient.so
 import {SafeCastLib} from "solady/utils/SafeCastLib.sol";
 import {SafeTransferLib} from "solady/utils/SafeTransferLib.sol";
 
-import {IInferenceEscrow, Offer, Request, RequestStatus, Stage} from "./interfaces/IInferenceEscrow.sol";
+import {IInferenceEscrow, Offer, Replacement, Request, RequestStatus, Stage} from "./interfaces/IInferenceEscrow.sol";
 import {INodeRegistry, NodeStatus} from "./interfaces/INodeRegistry.sol";
 import {IOutputVerification} from "./interfaces/IOutputVerification.sol";
 import {IShardAssignments, Plan} from "./interfaces/IShardAssignments.sol";
+import {NodeSignature} from "./libraries/NodeSignature.sol";
+import {TypedData} from "./libraries/TypedData.sol";
 import {Assignment} from "./types/Assignment.sol";
 import {PlanId, RequestId} from "./types/Identifiers.sol";
 import {EscrowTerms} from "./types/Terms.sol";
@@ -37,6 +39,10 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
     uint256 private constant _MAXIMUM_SHARES_BPS = 5000;
     /// @dev Enough for a contract wallet that logs its receipts, and a bound on what a hostile receiver can burn.
     uint256 private constant _TRANSFER_GAS = 100_000;
+    uint256 private constant _MAXIMUM_REPLACEMENTS = 64;
+    bytes32 private constant _NAME_HASH = keccak256("bsns InferenceEscrow");
+    bytes32 private constant _REPLACEMENT_TYPEHASH =
+        keccak256("StageReplacement(bytes32 requestId,uint16 stage,address replaced,address node)");
 
     /// @inheritdoc IInferenceEscrow
     INodeRegistry public immutable registry;
@@ -143,6 +149,18 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         Plan memory plan = assignments.planOf(request.planId);
         if (msg.sender != plan.publisher) revert NotPlanPublisher(plan.publisher, msg.sender);
         _fixRoute(requestId, plan, assignments_, proofs, true);
+    }
+
+    /// @inheritdoc IInferenceEscrow
+    function replaceStages(RequestId requestId, Replacement[] calldata replacements) external {
+        Request storage request = _requests[requestId];
+        _requireLive(requestId, request, RequestStatus.Routed);
+        if (replacements.length > _MAXIMUM_REPLACEMENTS) {
+            revert TooManyReplacements(_MAXIMUM_REPLACEMENTS, replacements.length);
+        }
+        for (uint256 i; i < replacements.length; ++i) {
+            _replace(requestId, request, replacements[i]);
+        }
     }
 
     /// @inheritdoc IInferenceEscrow
@@ -386,6 +404,53 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         }
         emit RequestRouted(requestId, nodes, deadline);
         registry.openDuties(nodes);
+    }
+
+    /// @dev The stage keeps its units and changes its node. The duty of the one that stopped ends with it: it is not paid, and no more.
+    function _replace(RequestId requestId, Request storage request, Replacement calldata replacement) private {
+        uint256 stageCount = request.stageCount;
+        uint16 stage = replacement.assignment.stage;
+        address replaced = replacement.replaced;
+        address node = replacement.assignment.node;
+        if (stage >= stageCount) revert StageUnknown(stageCount, stage);
+        if (_stages[requestId][stage].node != replaced) return;
+        if (IOutputVerification(verification).stageRecordOf(requestId, stage).commitment != 0) {
+            revert StageCommitted(requestId, stage);
+        }
+
+        bytes32 digest = TypedData.digestOf(
+            _NAME_HASH, keccak256(abi.encode(_REPLACEMENT_TYPEHASH, requestId, stage, replaced, node))
+        );
+        if (!NodeSignature.isSignedBy(digest, replacement.consent, request.requester)) {
+            revert ConsentInvalid(stage, request.requester);
+        }
+        address witness = _witnessOf(requestId, stageCount, stage, replaced);
+        if (witness != address(0) && !NodeSignature.isSignedBy(digest, replacement.witness, witness)) {
+            revert WitnessInvalid(stage, witness);
+        }
+        _assign(requestId, request.planId, stage, replacement.assignment, replacement.proof);
+        if (registry.statusOf(node) != NodeStatus.Active) revert NodeNotActive(node);
+        emit StageReplaced(requestId, stage, replaced, node);
+        registry.openDuties(_only(node));
+        registry.closeDuties(_only(replaced));
+    }
+
+    /// @dev The zero address where all stages are those of `replaced`.
+    function _witnessOf(RequestId requestId, uint256 stageCount, uint256 stage, address replaced)
+        private
+        view
+        returns (address)
+    {
+        for (uint256 back = 1; back < stageCount; ++back) {
+            address node = _stages[requestId][(stage + stageCount - back) % stageCount].node;
+            if (node != replaced) return node;
+        }
+        return address(0);
+    }
+
+    function _only(address node) private pure returns (address[] memory nodes) {
+        nodes = new address[](1);
+        nodes[0] = node;
     }
 
     function _assign(

@@ -30,6 +30,7 @@ PLAN_CONSENT = (
 )
 HAND_OVER = "HandOver(bytes32 requestId,uint16 stage,bool sent,uint32 step,bytes32 chain)"
 SESSION_TOKEN = "SessionToken(bytes32 requestId,bytes32 inputCommitment,uint256 deadline)"
+STAGE_REPLACEMENT = "StageReplacement(bytes32 requestId,uint16 stage,address replaced,address node)"
 EVIDENCE_QUERY = "EvidenceQuery(bytes32 requestId,uint16 stage,uint256 deadline)"
 ATTACH_PROOF = "AttachProof(address node,bytes32 challenge)"
 # Its own type, so that no challenge of a coordinator can be made to look like a proof to a peer.

@@ -60,6 +60,20 @@ struct Offer {
     uint32 maximumTokens;
 }
 
+/// @notice Another replica of the plan in the place of a stage's node that stopped in mid-answer.
+struct Replacement {
+    /// Leaf of the request's plan: the node that takes the stage over.
+    Assignment assignment;
+    bytes32[] proof;
+    /// The node that stopped.
+    address replaced;
+    /// Signature of the requester over StageReplacement(bytes32 requestId,uint16 stage,address replaced,address node).
+    bytes consent;
+    /// The same by the witness: the node of the stage before it on the ring, or the next one further back that is another. Empty where the
+    /// whole route is one node's.
+    bytes witness;
+}
+
 /// @title Deposits, fees, refunds
 /// @notice Open -> Routed -> Committed -> Verified -> Settled, or Expired -> Refunded. For each request paid + refunded + protocol fee =
 ///         deposited, exactly once (MONEY-02). Every status has an exit after its deadline that needs nobody's permission (MONEY-03).
@@ -82,6 +96,11 @@ interface IInferenceEscrow {
     error NotTabs(address actual);
     error NoCredit(address account);
     error TransferFailed(address to, uint256 amount);
+    error TooManyReplacements(uint256 maximum, uint256 actual);
+    error StageUnknown(uint256 stages, uint256 actual);
+    error StageCommitted(RequestId requestId, uint16 stage);
+    error ConsentInvalid(uint16 stage, address requester);
+    error WitnessInvalid(uint16 stage, address witness);
     error FeeShareOutOfRange(uint256 maximum, uint256 actual);
     error WindowOutOfRange(uint256 minimum, uint256 actual);
 
@@ -98,6 +117,7 @@ interface IInferenceEscrow {
         uint64 deadline
     );
     event RequestRouted(RequestId indexed requestId, address[] nodes, uint64 deadline);
+    event StageReplaced(RequestId indexed requestId, uint16 indexed stage, address indexed replaced, address node);
     event RequestCommitted(RequestId indexed requestId, uint64 deadline);
     event RequestVerified(RequestId indexed requestId);
     event RequestSettled(
@@ -137,6 +157,11 @@ interface IInferenceEscrow {
 
     /// @notice Fix one replica per stage. Only the publisher of the request's plan, before the deadline. Opens a duty for each node.
     function route(RequestId requestId, Assignment[] calldata assignments, bytes32[][] calldata proofs) external;
+
+    /// @notice Put other nodes in the place of those that stopped while the request is Routed, in the order given. Anyone may call; the new nodes
+    ///         do, before they commit. The requester chooses, and the node before agrees: so no requester can take the pay of a node that did
+    ///         its work. A replacement of a node that no longer serves its stage is passed over: somebody was faster.
+    function replaceStages(RequestId requestId, Replacement[] calldata replacements) external;
 
     /// @notice After the deadline of Open, Routed, Committed or Verified: give the deposit back to the requester as credit. Anyone may call.
     function claimRefund(RequestId requestId) external;

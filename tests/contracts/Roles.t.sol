@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 pragma solidity 0.8.30;
 
-import {IInferenceEscrow, Offer} from "../../contracts/interfaces/IInferenceEscrow.sol";
+import {IInferenceEscrow, Offer, Replacement} from "../../contracts/interfaces/IInferenceEscrow.sol";
 import {INodeRegistry, SlashReason} from "../../contracts/interfaces/INodeRegistry.sol";
 import {EvidenceStep, HandOver, IOutputVerification} from "../../contracts/interfaces/IOutputVerification.sol";
 import {Batch, IRequestTabs, Opening, TreeStep} from "../../contracts/interfaces/IRequestTabs.sol";
@@ -188,6 +188,12 @@ contract RolesTest is Swarm {
         );
         (Assignment[] memory route, bytes32[][] memory proofs) = _routeOf(_opened);
         _check("route", _only(Role.Publisher), target, abi.encodeCall(IInferenceEscrow.route, (_opened, route, proofs)));
+        _check(
+            "replaceStages",
+            ANYBODY,
+            target,
+            abi.encodeCall(IInferenceEscrow.replaceStages, (_routed, new Replacement[](0)))
+        );
         _check("claimRefund", ANYBODY, target, abi.encodeCall(IInferenceEscrow.claimRefund, (_opened)));
         _check("withdrawCredit", ANYBODY, target, abi.encodeCall(IInferenceEscrow.withdrawCredit, (requester)));
         _check("markCommitted", verdicts, target, abi.encodeCall(IInferenceEscrow.markCommitted, (_routed)));
@@ -209,7 +215,7 @@ contract RolesTest is Swarm {
             target,
             abi.encodeCall(IInferenceEscrow.openCommitted, (RequestId.wrap("id"), offer, route, proofs, commitments))
         );
-        assertEq(_checked, 10);
+        assertEq(_checked, 11);
     }
 
     function test_ROLE_01_OutputVerification() public {
