@@ -87,6 +87,17 @@ def _field_types(record_type: type) -> dict[str, Any]:
     return typing.get_type_hints(record_type)
 
 
+def _fits(record_type: Any, names: set[str]) -> bool:
+    """Whether a stored record has the fields of this release; those with a default may be younger than it."""
+    fields = dataclasses.fields(record_type)
+    required = {
+        item.name
+        for item in fields
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    }
+    return required <= names <= {item.name for item in fields}
+
+
 def _typed(expected: Any, value: Any) -> Any:
     expected = getattr(expected, "__supertype__", expected)
     origin = typing.get_origin(expected)
@@ -99,7 +110,7 @@ def _typed(expected: Any, value: Any) -> Any:
         return tuple(_typed(kind, item) for kind, item in zip(kinds, value, strict=True))
     if dataclasses.is_dataclass(expected):
         hints = _field_types(cast(type, expected))
-        if not isinstance(value, dict) or set(value) != {item.name for item in dataclasses.fields(expected)}:
+        if not isinstance(value, dict) or not _fits(expected, set(value)):
             raise DocumentError(
                 f"a stored {getattr(expected, '__name__', expected)} has other fields than this release: "
                 "rebuild the database"

@@ -132,12 +132,13 @@ class Reveal:
 
 @dataclass(frozen=True, slots=True)
 class StageState:
-    """The executor's side of one stage."""
+    """The executor's side of one stage. `replaced` are the nodes that had it before and stopped, in order."""
 
     stage: int
     node: str
     commitment: bytes | None = None
     reveal: Reveal | None = None
+    replaced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +320,7 @@ _OWNERS: Final[Mapping[tuple[str, str], tuple[AggregateKind, str]]] = {
     ("ShardAssignments", "PlanPublished"): (AggregateKind.PLAN, "planId"),
     ("InferenceEscrow", "RequestOpened"): (AggregateKind.REQUEST, "requestId"),
     ("InferenceEscrow", "RequestRouted"): (AggregateKind.REQUEST, "requestId"),
+    ("InferenceEscrow", "StageReplaced"): (AggregateKind.REQUEST, "requestId"),
     ("InferenceEscrow", "RequestCommitted"): (AggregateKind.REQUEST, "requestId"),
     ("InferenceEscrow", "RequestVerified"): (AggregateKind.REQUEST, "requestId"),
     ("InferenceEscrow", "RequestSettled"): (AggregateKind.REQUEST, "requestId"),
@@ -493,6 +495,8 @@ def _escrow(before: Aggregate | None, event: ChainEvent, a: Mapping[str, Any], b
                 deadline=a["deadline"],
                 stages=tuple(StageState(stage, address(node)) for stage, node in enumerate(a["nodes"])),
             )
+        case "StageReplaced":
+            return _with_stage(request, a["stage"], node=address(a["node"]))
         case "RequestCommitted":
             return replace(request, status=RequestStatus.COMMITTED, deadline=a["deadline"])
         case "RequestVerified":
@@ -610,7 +614,12 @@ def _existing_request(before: Aggregate | None, event: ChainEvent, a: Mapping[st
 
 
 def _with_stage(
-    request: RequestState, stage: int, *, commitment: bytes | None = None, reveal: Reveal | None = None
+    request: RequestState,
+    stage: int,
+    *,
+    commitment: bytes | None = None,
+    reveal: Reveal | None = None,
+    node: str | None = None,
 ) -> RequestState:
     if stage >= len(request.stages):
         raise NetworkStateError(
@@ -618,6 +627,8 @@ def _with_stage(
         )
     old = request.stages[stage]
     new = replace(old, commitment=commitment or old.commitment, reveal=reveal or old.reveal)
+    if node is not None:
+        new = replace(new, node=node, replaced=(*old.replaced, old.node))
     return replace(request, stages=(*request.stages[:stage], new, *request.stages[stage + 1 :]))
 
 

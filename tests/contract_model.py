@@ -131,6 +131,13 @@ class ContractModel:
             self._log("NodeRegistry", "DutyOpened", node=node, openDuties=1)
         self._end()
 
+    def replace_stage(self, request_id: bytes, stage: int, replaced: Any, node: Any) -> None:
+        values = {"stage": stage, "replaced": replaced, "node": node}
+        self._log("InferenceEscrow", "StageReplaced", requestId=request_id, **values)
+        self._log("NodeRegistry", "DutyOpened", node=node, openDuties=1)
+        self._log("NodeRegistry", "DutyClosed", node=replaced, openDuties=0)
+        self._end()
+
     def settle(
         self, request_id: bytes, executors: Sequence[Any], verifiers: Sequence[Any], parts: Sequence[int]
     ) -> None:

@@ -31,6 +31,7 @@ from bsns.audit.entries import (
     NodeStake,
     Place,
     PlanEntry,
+    ReplacementEntry,
     RequestMoney,
     RequestVerdicts,
     RouteEntry,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:  # the chain client is slow to import
     from bsns.chain.client import Block, ChainClient
     from bsns.chain.deployment import Deployment
 
-REPORT_FORMAT: Final = 1
+REPORT_FORMAT: Final = 2
 MAXIMUM_REPORT_BYTES: Final = 512 * 1024 * 1024
 """About a million entries."""
 PLANS_UNTIL_PRUNED: Final = 256
@@ -111,6 +112,7 @@ class Assignments:
     plans: tuple[PlanEntry, ...]
     activations: tuple[Activation, ...]
     routes: tuple[RouteEntry, ...]
+    replacements: tuple[ReplacementEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,7 @@ async def make_report(
         first=_stamp(start),
         last=_stamp(history.last),
         stakes=Stakes(entries.nodes, entries.movements),
-        assignments=Assignments(entries.models, entries.plans, activations, entries.routes),
+        assignments=Assignments(entries.models, entries.plans, activations, entries.routes, entries.replacements),
         payments=Payments(entries.requests, entries.credits, entries.withdrawals, entries.accounts),
         verdicts=entries.verdicts,
         slashes=entries.slashes,

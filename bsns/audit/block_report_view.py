@@ -189,6 +189,9 @@ def _assignments(report: BlockReport) -> Iterator[Row]:
     for route in found.routes:
         nodes = " ".join(_account(node) for node in route.nodes)
         rows.append((route.at, (*_where(route.at), "request routed", _hash(route.request_id), nodes)))
+    for change in found.replacements:
+        details = f"stage {change.stage}: {_account(change.replaced)} stopped, {_account(change.node)} went on"
+        rows.append((change.at, (*_where(change.at), "stage replaced", _hash(change.request_id), details)))
     yield from (row for _, row in sorted(rows, key=lambda item: (item[0].block, item[0].log_index)))
 
 

@@ -32,6 +32,7 @@ from bsns.audit.entries import (
     PendingPlan,
     Place,
     PlanEntry,
+    ReplacementEntry,
     RequestMoney,
     RequestStep,
     RequestVerdicts,
@@ -231,6 +232,7 @@ class Books:
         self._models: list[ModelEntry] = []
         self._plans: list[PlanEntry] = []
         self._routes: list[RouteEntry] = []
+        self._replacements: list[ReplacementEntry] = []
         self._requests: dict[bytes, _Request] = {}
         self._credit_entries: list[CreditEntry] = []
         self._withdrawals: list[WithdrawalEntry] = []
@@ -268,6 +270,7 @@ class Books:
             plans=tuple(self._plans),
             plans_due=tuple(self._due.values()),
             routes=tuple(self._routes),
+            replacements=tuple(self._replacements),
             requests=tuple(self._money(item, now) for item in self._requests.values()),
             credits=tuple(sorted(self._credit_entries, key=lambda item: (item.at.block, item.at.log_index))),
             withdrawals=tuple(self._withdrawals),
@@ -564,6 +567,11 @@ class Books:
                         if self._records:
                             nodes = tuple(_address(item) for item in values["nodes"])
                             self._routes.append(RouteEntry(_place(event), request.request_id, request.deadline, nodes))
+                    case "StageReplaced":
+                        if self._records:
+                            nodes = _address(values["replaced"]), _address(values["node"])
+                            entry = ReplacementEntry(_place(event), request.request_id, int(values["stage"]), *nodes)
+                            self._replacements.append(entry)
                     case "RequestCommitted":
                         self._step(event, request, "Committed")
                     case "RequestVerified":

@@ -38,6 +38,7 @@ from bsns.protocol.record import (
     RecordedReveal,
     Round,
     Route,
+    RouteReplacement,
     RouteStage,
     Slash,
     Tally,
@@ -59,6 +60,7 @@ STAGE_VERDICTS: Final = ("None", "Accepted", "Tolerated", "Rejected", "NoQuorum"
 SLASH_REASONS: Final = ("IncorrectOutput", "IncorrectAttestation", "EvidenceWithheld", "RevealWithheld", "Equivocation")
 _ESCROW_EVENTS: Final = (
     "RequestRouted",
+    "StageReplaced",
     "RequestCommitted",
     "RequestVerified",
     "RequestSettled",
@@ -332,14 +334,24 @@ def _route(gathering: _Gathering, plan: RecordedPlan, operators: _Operators) -> 
         return None
     leaves = [item.assignment().leaf for item in plan.assignments]
     tree = MerkleTree(leaves)
+    given = {stage: (node, event) for stage, node in enumerate(event.arguments["nodes"])}
+    replacements = []
+    for change in gathering.named("StageReplaced"):
+        values = change.arguments
+        given[int(values["stage"])] = values["node"], change
+        replacements.append(
+            RouteReplacement(
+                int(values["stage"]), address(values["replaced"]), address(values["node"]), change.transaction_hash
+            )
+        )
     stages = []
-    for stage, node in enumerate(event.arguments["nodes"]):
+    for stage, (node, since) in sorted(given.items()):
         index = next((i for i, item in enumerate(plan.assignments) if item.stage == stage and item.node == node), None)
         if index is None:
             raise AuditError(f"node {node} was routed for stage {stage} without an assignment in the plan")
-        operator = operators.at(node, position(event))
+        operator = operators.at(node, position(since))
         stages.append(RouteStage(stage, address(node), operator, index, leaves[index], tree.proof(index)))
-    return Route(int(event.arguments["deadline"]), tuple(stages), event.transaction_hash)
+    return Route(int(event.arguments["deadline"]), tuple(stages), event.transaction_hash, tuple(replacements))
 
 
 def _reveal(event: ChainEvent) -> RecordedReveal:

@@ -101,6 +101,17 @@ class RouteEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplacementEntry:
+    """`node` took the place of `replaced`, which had stopped, as the node of a stage of a request."""
+
+    at: Place
+    request_id: Hash
+    stage: int
+    replaced: ChecksumAddress
+    node: ChecksumAddress
+
+
+@dataclass(frozen=True, slots=True)
 class PendingPlan:
     """A plan whose time has not come. `at` is where it was published."""
 
@@ -339,6 +350,7 @@ class Entries:
     plans: tuple[PlanEntry, ...]
     plans_due: tuple[PendingPlan, ...]
     routes: tuple[RouteEntry, ...]
+    replacements: tuple[ReplacementEntry, ...]
     requests: tuple[RequestMoney, ...]
     credits: tuple[CreditEntry, ...]
     withdrawals: tuple[WithdrawalEntry, ...]

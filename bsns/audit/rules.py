@@ -83,6 +83,18 @@ def _route(record: VerificationRecord) -> Problems:
             yield f"{where}.leaf is not the hash of the assignment"
         if not verify_proof(record.plan.root, item.leaf, item.proof):
             yield f"{where}.proof does not lead to the plan's root"
+    assigned = {(item.stage, item.node) for item in assignments}
+    newest: dict[int, str] = {}
+    for number, change in enumerate(record.route.replacements):
+        where = f"route.replacements[{number}]"
+        if not {(change.stage, change.replaced), (change.stage, change.node)} <= assigned:
+            yield f"{where} is between nodes that the plan did not assign to the stage"
+        if newest.get(change.stage, change.replaced) != change.replaced:
+            yield f"{where} replaces a node that no longer served the stage"
+        newest[change.stage] = change.node
+    for stage, node in newest.items():
+        if stage >= len(record.route.stages) or record.route.stages[stage].node != node:
+            yield f"route.stages[{stage}] is not the node that replaced the others"
 
 
 def _input(record: VerificationRecord) -> Problems:

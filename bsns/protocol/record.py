@@ -27,7 +27,7 @@ from bsns.protocol.commitments import FINGERPRINT_LENGTH, EvidenceStep
 from bsns.protocol.identifiers import ProtocolError, address
 from bsns.protocol.plan import Assignment
 
-RECORD_FORMAT: Final = 2
+RECORD_FORMAT: Final = 3
 # A record is sent around between strangers; one of 32 stages and 4,096 steps has about 60 MB.
 MAXIMUM_RECORD_BYTES: Final = 128 * 1024 * 1024
 NO_STAGE: Final = 2**16 - 1
@@ -166,10 +166,23 @@ class RouteStage:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteReplacement:
+    """`node` took the place of `replaced`, which had stopped (InferenceEscrow.replaceStages)."""
+
+    stage: int
+    replaced: ChecksumAddress
+    node: ChecksumAddress
+    transaction: Hash
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
+    """The nodes that answer for the stages, after the `replacements` in their order."""
+
     deadline: int
     stages: tuple[RouteStage, ...]
     transaction: Hash
+    replacements: tuple[RouteReplacement, ...]
 
 
 @dataclass(frozen=True, slots=True)

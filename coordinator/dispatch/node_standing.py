@@ -72,6 +72,9 @@ def duties_of(request: RequestState, tolerance: int) -> Iterator[Duty]:
     """
     complete = all(stage.commitment is not None for stage in request.stages)
     for stage in request.stages:
+        for replaced in stage.replaced:
+            # Its neighbour and the requester agree that it stopped.
+            yield Duty(replaced, False)
         if not complete:
             # The answer ended early. Who committed did its part; who did not is not always at fault, but often enough.
             if stage.commitment is None:

@@ -19,6 +19,7 @@ from coordinator.network_state import (
     NetworkStateError,
     NodeState,
     RequestState,
+    StageState,
     UnknownEventError,
     aggregate_of,
     apply,
@@ -161,5 +162,24 @@ def test_documents_give_back_what_was_encoded() -> None:
     assert decode_values(encode_values(values)) == values
     with pytest.raises(DocumentError):
         encode_values({"a": 1.5})
-    with pytest.raises(DocumentError):
-        decode_record(NodeState, '{"node": "n"}')
+    for other in ('{"node": "n", "nodes": 1}', "{}", "[]"):
+        with pytest.raises(DocumentError):
+            decode_record(NodeState, other)
+
+
+def test_document_of_an_older_release_lacks_fields_that_have_a_default() -> None:
+    stored = '{"commitment": null, "node": "n", "reveal": null, "stage": 1}'
+    assert decode_record(StageState, stored) == StageState(1, "n")
+
+
+def test_stage_replaced_gives_the_stage_to_the_new_node_and_remembers_the_old_ones() -> None:
+    nodes = [address(bytes([number]) * 20) for number in range(4)]
+    routed = {"requestId": bytes(32), "nodes": tuple(nodes[:2]), "deadline": 5}
+    events = [_opened(), _event("InferenceEscrow", "RequestRouted", routed)]
+    for old, new in ((1, 2), (2, 3)):
+        change = {"requestId": bytes(32), "stage": 1, "replaced": nodes[old], "node": nodes[new]}
+        events.append(_event("InferenceEscrow", "StageReplaced", change))
+    state = fold(NetworkState(), [(item, _BLOCK) for item in events])
+    request = state.aggregates[aggregate_of(events[0])]
+    assert isinstance(request, RequestState)
+    assert request.stages == (StageState(0, nodes[0]), StageState(1, nodes[3], replaced=(nodes[1], nodes[2])))

@@ -98,6 +98,14 @@ def test_duty_of_an_executor_is_kept_if_its_last_verdict_accepts(verdict: StageV
     assert duties == [Duty("a", kept)]  # no quorum says nothing about b
 
 
+def test_duties_of_a_stage_that_was_replaced_are_failed_by_who_stopped() -> None:
+    request = _request()
+    stages = (request.stages[0], dataclasses.replace(request.stages[1], replaced=("x", "y")))
+    duties = list(duties_of(dataclasses.replace(request, stages=stages), _TAU))
+    assert [item for item in duties if item.node in ("x", "y")] == [Duty("x", False), Duty("y", False)]
+    assert [item.kept for item in duties if item.node == "b"] == [True]
+
+
 def test_duties_of_members_who_hide_deviate_or_count_other_tokens_are_failed() -> None:
     members = (
         AttestationState(1, 0, "m", bytes(32), 1, _reveal()),
