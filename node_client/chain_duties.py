@@ -31,10 +31,12 @@ from bsns.protocol.commitments import sealed_sketch, stage_commitment
 from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.hand_over import Contradiction
 from bsns.protocol.identifiers import ZERO_HASH, RequestId
+from bsns.v1 import execution_pb2
 from node_client.chain_view import ChainView, VerificationView
 from node_client.errors import Refusal, SigningRefusedError, StorageError
 from node_client.evidence_store import EvidenceStore, RecordedStage, StageResult
 from node_client.reexecution import Reexecution
+from node_client.session_store import replacements_from_messages
 from node_client.settings import NodeSettings
 from node_client.signing_guard import DutyKind, SigningGuard
 
@@ -224,11 +226,30 @@ class ChainDuties:
 
     async def _commit(self, recorded: RecordedStage) -> None:
         result = recorded.result
+        await self._put_in_place(recorded)
         commitment = self._commitment(recorded.request, 0, recorded.stage, result)
         await asyncio.to_thread(
             self._guard.permit, DutyKind.COMMITMENT, recorded.request, recorded.stage, 0, commitment
         )
         await self._send(recorded.request, "commitStage", recorded.stage, commitment)
+
+    async def _put_in_place(self, recorded: RecordedStage) -> None:
+        """Show the chain who was replaced on the way to this node's place, if it has not been shown."""
+        route = await self._chain.stages(recorded.request)
+        if route[recorded.stage].node == self._node:
+            return
+        messages = [
+            execution_pb2.StageReplacement.FromString(document)
+            for document in await asyncio.to_thread(self._evidence.replacements, recorded.request, recorded.stage)
+        ]
+        found = replacements_from_messages(recorded.request, messages)
+        receipt = await self._submitter.submit(
+            "InferenceEscrow", "replaceStages", recorded.request, [item.as_tuple() for item in found],
+            timeout_s=self._settings.transaction_timeout_seconds,
+        )  # fmt: skip
+        log.info(
+            "stage_replaced_on_chain", request_id=recorded.request.hex(), stage=recorded.stage, gas=receipt.gas_used
+        )
 
     # -- the committee member
 

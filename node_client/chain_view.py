@@ -167,6 +167,10 @@ class ChainView:
         """Model id of a plan; 32 zero bytes if there is no such plan."""
         return bytes((await self._read("ShardAssignments", "planOf", plan_id)).modelId)
 
+    async def plan_root(self, plan_id: bytes) -> bytes:
+        """Merkle root over the assignments of a plan; 32 zero bytes if there is no such plan."""
+        return bytes((await self._read("ShardAssignments", "planOf", plan_id)).root)
+
     async def model(self, model_id: bytes) -> ModelView:
         raw = await self._read("ShardAssignments", "modelOf", model_id)
         return ModelView(bytes(raw.manifestHash), bytes(raw.weightRoot), int(raw.unitCount))
@@ -225,6 +229,11 @@ class ChainView:
             return None
         self._endpoints[node] = (head.number, endpoint)
         return endpoint
+
+    def known_endpoint(self, node: str) -> NodeEndpoint | None:
+        """What `endpoint` found the last time, without asking the chain."""
+        known = self._endpoints.get(node)
+        return None if known is None else known[1]
 
     async def events_since(
         self, first: int, last: int, name: str, filters: Mapping[str, Any] | None = None

@@ -71,7 +71,9 @@ Config = Annotated[Path | None, typer.Option("--config", help="TOML file with se
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Listen = Annotated[str | None, typer.Option("--listen", help="host:port; port 0 takes a free one")]
 Advertise = Annotated[str | None, typer.Option("--advertise", help="host:port to register, if not what is listened on")]
-CoordinatorAddress = Annotated[str | None, typer.Option("--coordinator", help="host:port of a coordinator")]
+CoordinatorAddress = Annotated[
+    str | None, typer.Option("--coordinator", help="host:port of a coordinator, or of several with commas between them")
+]
 ModelCache = Annotated[Path | None, typer.Option("--model-cache", help="folder that holds models/")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="threads of a forward pass")]
 Device = Annotated[str | None, typer.Option("--device", help="where torch computes: cpu, cuda or cuda:1")]

@@ -50,6 +50,8 @@ _CODES: Final[dict[int, grpc.StatusCode]] = {
     common_pb2.ERROR_REASON_PEER_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     common_pb2.ERROR_REASON_DRAINING: grpc.StatusCode.UNAVAILABLE,
     common_pb2.ERROR_REASON_INTERNAL: grpc.StatusCode.INTERNAL,
+    common_pb2.ERROR_REASON_NODE_IN_PLACE: _PRECONDITION,
+    common_pb2.ERROR_REASON_SESSION_ENDED: _PRECONDITION,
 }
 
 

@@ -51,6 +51,10 @@ CREATE TABLE IF NOT EXISTS statement (
   chain BLOB NOT NULL, signature BLOB NOT NULL,
   PRIMARY KEY (request, stage, about, sent)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS replacement (
+  request BLOB NOT NULL, stage INTEGER NOT NULL, number INTEGER NOT NULL, document BLOB NOT NULL,
+  PRIMARY KEY (request, stage, number)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS attestation (
   request BLOB NOT NULL, round INTEGER NOT NULL, stage INTEGER NOT NULL,
   evidence_root BLOB NOT NULL, sketch BLOB NOT NULL, output_tokens INTEGER NOT NULL, salt BLOB NOT NULL,
@@ -65,7 +69,7 @@ CREATE TABLE IF NOT EXISTS contradiction (
 ) WITHOUT ROWID;
 """
 # What belongs to one stage besides its own row.
-_STAGE_TABLES: Final = ("step", "output", "statement")
+_STAGE_TABLES: Final = ("step", "output", "statement", "replacement")
 _BUSY_SECONDS: Final = 10.0
 # What a step costs on disk besides its input bytes: digests, chains, row and index overhead.
 _STEP_OVERHEAD_BYTES: Final = 256
@@ -200,6 +204,30 @@ class EvidenceStore:
                 "INSERT INTO statement VALUES (?,?,?,?,?,?,?) ON CONFLICT DO UPDATE SET step = excluded.step,"
                 " chain = excluded.chain, signature = excluded.signature WHERE excluded.step >= statement.step",
                 (request, stage, statement.stage, statement.sent, statement.step, statement.chain, statement.signature),
+            )
+
+    def save_replacements(self, request: bytes, stage: int, documents: Sequence[bytes]) -> None:
+        """Keep what put nodes of the route in the place of others, in order."""
+        with self._lock, self._transaction():
+            self._database.execute("DELETE FROM replacement WHERE request = ? AND stage = ?", (request, stage))
+            self._database.executemany(
+                "INSERT INTO replacement VALUES (?,?,?,?)",
+                [(request, stage, number, document) for number, document in enumerate(documents)],
+            )
+
+    def replacements(self, request: bytes, stage: int) -> tuple[bytes, ...]:
+        """What `save_replacements` kept."""
+        with self._lock, self._errors():
+            rows = self._database.execute(
+                "SELECT document FROM replacement WHERE request = ? AND stage = ? ORDER BY number", (request, stage)
+            ).fetchall()
+        return tuple(bytes(row[0]) for row in rows)
+
+    def drop_statements(self, request: bytes, stage: int, about: int) -> None:
+        """Forget what the node of stage `about` signed for our `stage`: another node has taken its place."""
+        with self._lock, self._transaction():
+            self._database.execute(
+                "DELETE FROM statement WHERE request = ? AND stage = ? AND about = ?", (request, stage, about)
             )
 
     def seal(self, request: bytes, stage: int, result: StageResult) -> None:

@@ -31,14 +31,14 @@ from node_client.evidence_store import EvidenceStore, RecordedStage
 from node_client.link_probe import ProbeResponder
 from node_client.peers import PEER_PROOF_KEY, check_peer_proof
 from node_client.pipeline import ForwardStream, Pipeline
-from node_client.session_store import SessionStore, sampling_to_message
-from node_client.settings import MAXIMUM_FRAME_BYTES, NodeSettings
+from node_client.session_store import Session, SessionStore, sampling_to_message
+from node_client.settings import NodeSettings
 from node_client.shard_runtime import ShardRuntime, weight_bytes
+from node_client.takeover import INPUTS, PAYLOAD_BYTES, HistorySide, frames_of, history_of
 
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 # Status messages travel in HTTP headers, whose size is limited.
 _MAXIMUM_DETAIL: Final = 1024
-_FRAME_PAYLOAD: Final = MAXIMUM_FRAME_BYTES - 1024
 # What caused an answer (a token to relay, a step to sign for) is on its way to the compute thread meanwhile; writing at
 # once would take the interpreter from it.
 _ANSWER_PAUSE_S: Final = 0.001
@@ -118,7 +118,12 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
             session, is_new = await self._sessions.open(request)
             if is_new:
                 self._pipeline.begin(session)
-            return execution_pb2.OpenSessionResponse(cache_bytes=session.cache_bytes)
+                if session.takes_over and session.stage > 0:
+                    # Whoever repairs a route wants to know whether this has succeeded.
+                    await self._pipeline.extent(session)
+            return execution_pb2.OpenSessionResponse(
+                cache_bytes=session.cache_bytes, replacements=session.replacement_messages
+            )
         except Exception as error:
             await _abort(context, error)
 
@@ -131,6 +136,60 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
             return execution_pb2.CloseSessionResponse(steps=await self._pipeline.cancel(session))
         except Exception as error:
             await _abort(context, error)
+
+    async def ReplaceStage(
+        self, request: execution_pb2.ReplaceStageRequest, context: Any
+    ) -> execution_pb2.ReplaceStageResponse:
+        try:
+            found = self._sessions.of_request(bytes(request.request_id))
+            if not found:
+                raise Refusal(ErrorReason.ERROR_REASON_UNKNOWN_SESSION, "there is no session of this request here")
+            witness = await self._pipeline.replace(found[0], request.replacements)
+            return execution_pb2.ReplaceStageResponse(witness=witness)
+        except Exception as error:
+            await _abort(context, error)
+
+    async def CheckSession(
+        self, request: execution_pb2.CheckSessionRequest, context: Any
+    ) -> execution_pb2.CheckSessionResponse:
+        try:
+            key = bytes(request.request_id), request.stage
+            session = self._sessions.get(*key)
+            if session is None and self._evidence.sealed_stage(*key) is not None:
+                return execution_pb2.CheckSessionResponse(ended=True)
+            return execution_pb2.CheckSessionResponse(steps=self._sessions.require(*key).next_step)
+        except Exception as error:
+            await _abort(context, error)
+
+    async def GetStageHistory(
+        self, request: execution_pb2.GetStageHistoryRequest, context: Any
+    ) -> AsyncIterator[execution_pb2.GetStageHistoryResponse]:
+        try:
+            session = self._beside(bytes(request.request_id), request.stage, request.side)
+            if self._caller(context) != session.route[request.stage].node:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_SIGNATURE_INVALID,
+                    f"the history of stage {request.stage} is for the node that serves it now, with its peer proof",
+                )
+            extent = await self._pipeline.extent(session)
+            takes_in = request.stage if request.side == INPUTS else session.stage
+            async for item in history_of(session, request.side, extent, self._evidence):
+                for frame in frames_of(session.request_id, takes_in, item):
+                    yield execution_pb2.GetStageHistoryResponse(frame=frame)
+            if request.side == INPUTS:
+                # The end of the answer, or whatever else the former node may not have seen.
+                self._pipeline.repeat(session)
+        except Exception as error:
+            await _abort(context, error)
+
+    def _beside(self, request_id: bytes, stage: int, side: HistorySide) -> Session:
+        """Our session next to `stage` on the ring; Refusal if there is none."""
+        for session in self._sessions.of_request(request_id):
+            if stage == (session.successor_stage if side == INPUTS else session.predecessor_stage):
+                return session
+        raise Refusal(
+            ErrorReason.ERROR_REASON_UNKNOWN_SESSION, f"no stage next to stage {stage} of this request is served here"
+        )
 
     # grpc.aio takes a coroutine that writes its answers as well as a generator; the stubs know generators only.
     async def Forward(  # type: ignore[override]
@@ -174,22 +233,20 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
                     encoding, data = await loop.run_in_executor(
                         None, self._evidence.step_input, recorded.request, recorded.stage, number
                     )
-                    for first in range(0, len(data), _FRAME_PAYLOAD):
+                    for first in range(0, len(data), PAYLOAD_BYTES):
                         yield execution_pb2.GetStageEvidenceResponse(
                             input=execution_pb2.StageInputFrame(
                                 step=number,
                                 encoding=common_pb2.TensorEncoding.ValueType(encoding),
-                                payload=data[first : first + _FRAME_PAYLOAD],
+                                payload=data[first : first + PAYLOAD_BYTES],
                             )
                         )
                     output = await loop.run_in_executor(
                         None, self._evidence.step_output, recorded.request, recorded.stage, number
                     )
-                    for first in range(0, len(output), _FRAME_PAYLOAD):
+                    for first in range(0, len(output), PAYLOAD_BYTES):
                         yield execution_pb2.GetStageEvidenceResponse(
-                            output=execution_pb2.StageOutput(
-                                step=number, payload=output[first : first + _FRAME_PAYLOAD]
-                            )
+                            output=execution_pb2.StageOutput(step=number, payload=output[first : first + PAYLOAD_BYTES])
                         )
         except Exception as error:
             await _abort(context, error)

@@ -3,7 +3,7 @@
 Owns dialling (plaintext on loopback only, else TLS with the certificate pinned on chain), the proof by which a node
 shows its peer who it is, and reconnecting with back-off. Promises that messages to one peer go out in order, that a
 broken stream is dialled again until `peer_retry_seconds` are over and the pipeline is asked what to repeat, and that a
-peer out of reach fails only the sessions that need it. Does not look into messages.
+peer out of reach holds up only the sessions that need it. Does not look into messages.
 """
 
 from __future__ import annotations
@@ -225,8 +225,8 @@ class _Begun:
 
 
 class PeerPool:
-    """All peers. `on_response(node, message)`, `on_reconnect(node)` and `on_failed(node, why)` are the pipeline's;
-    none may block.
+    """All peers. `on_response(node, message)`, `on_reconnect(node)` and, at every break of a stream and every vain
+    attempt to make it again, `on_lost(node, why)` are the pipeline's; none may block.
     """
 
     def __init__(
@@ -238,12 +238,12 @@ class PeerPool:
         *,
         on_response: Callable[[ChecksumAddress, execution_pb2.ForwardResponse], None],
         on_reconnect: Callable[[ChecksumAddress], None],
-        on_failed: Callable[[ChecksumAddress, str], None],
+        on_lost: Callable[[ChecksumAddress, str], None],
         start: Callable[[Any], asyncio.Task[None]],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._settings, self._signer, self._domain, self._chain = settings, signer, domain, chain
-        self._on_response, self._on_reconnect, self._on_failed = on_response, on_reconnect, on_failed
+        self._on_response, self._on_reconnect, self._on_lost = on_response, on_reconnect, on_lost
         self._start, self._clock = start, clock
         self._peers: dict[ChecksumAddress, PeerConnection] = {}
 
@@ -291,7 +291,10 @@ class PeerPool:
         try:
             endpoint = await self._chain.endpoint(node, fresh=True)
         except ChainError as error:
-            raise Refusal(ErrorReason.ERROR_REASON_CHAIN_UNAVAILABLE, str(error)) from error
+            # Most nodes stay where they are; a chain that is out of reach must not keep us from a peer that is not.
+            endpoint = self._chain.known_endpoint(node)
+            if endpoint is None:
+                raise Refusal(ErrorReason.ERROR_REASON_CHAIN_UNAVAILABLE, str(error)) from error
         if endpoint is None:
             raise Refusal(ErrorReason.ERROR_REASON_PEER_UNAVAILABLE, f"node {node} has no usable endpoint on chain")
         return await open_channel(endpoint, self._settings.peer_connect_seconds)
@@ -324,10 +327,10 @@ class PeerPool:
                 out_since, backoff = None, settings.peer_backoff_seconds
             out_since = now if out_since is None else out_since
             log.warning("peer_stream_broken", peer=peer.node, reason=reason)
-            if now - out_since > settings.peer_retry_seconds:
-                if self._peers.get(peer.node) is peer:
-                    del self._peers[peer.node]
-                self._on_failed(peer.node, reason)
+            if now - out_since > settings.peer_retry_seconds and self._peers.get(peer.node) is peer:
+                del self._peers[peer.node]
+            self._on_lost(peer.node, reason)
+            if self._peers.get(peer.node) is not peer:
                 return
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, settings.peer_backoff_maximum_seconds)

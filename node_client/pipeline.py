@@ -14,11 +14,12 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, assert_never
+from typing import TYPE_CHECKING, Any, Final, TypeVar, assert_never
 
+import grpc.aio
 import structlog
 from eth_typing import ChecksumAddress
 
@@ -27,27 +28,43 @@ from bsns.chain.signer import Signer
 from bsns.protocol.commitments import extend_chain, step_digest, token_ids
 from bsns.protocol.hand_over import Statement
 from bsns.protocol.identifiers import BYTES32, ZERO_HASH
+from bsns.protocol.replacement import StageReplacement, witness_of
 from bsns.protocol.sketch import SketchError
 from bsns.protocol.typed_data import HAND_OVER, is_signed_by, signing_digest
 from bsns.runtime.activation_codec import TensorEncoding, encoding_for_link, takes_blockwise
 from bsns.v1 import common_pb2, execution_pb2
-from node_client.chain_view import ChainView, SigningDomains
+from node_client.chain_view import ChainView, SigningDomains, StageView
 from node_client.errors import ErrorReason, Refusal, SigningRefusedError, StorageError, StorageFullError
 from node_client.evidence_store import EvidenceStore, StageResult
 from node_client.peers import PeerPool
-from node_client.session_store import ExecutedStep, ReceivedOutput, Session, SessionState, SessionStore
+from node_client.session_store import (
+    ExecutedStep,
+    ReceivedOutput,
+    Session,
+    SessionState,
+    SessionStore,
+    Stall,
+    replacements_from_messages,
+)
 from node_client.settings import MAXIMUM_FRAME_BYTES, NodeSettings
 from node_client.shard_runtime import ShardRuntime, StepOutput, encoding_of_input
 from node_client.signing_guard import DutyKind, SigningGuard
+from node_client.takeover import Extent, HandedOver, StageTakeover, TakenOver, frames_of
 
-# Room for the fields around a payload within a frame of 1 MiB.
-_PAYLOAD_BYTES: Final = MAXIMUM_FRAME_BYTES - 1024
+if TYPE_CHECKING:
+    from bsns.v1.execution_pb2_grpc import ShardExecutionAsyncStub
+
 # Tensors up to this size are hashed on the event loop (about a millisecond); larger ones in the recording thread.
 _HASH_INLINE_BYTES: Final = MAXIMUM_FRAME_BYTES
 # What is left to do about a step waits so long for the next stage to begin: a small machine has no core for both.
 _RECORDING_PAUSE_S: Final = 0.004
 # Partly received tensors one stream may leave open.
 _MAXIMUM_PARTIAL: Final = 64
+
+# How often a step that the next stage found damaged is sent again before that counts as a failure of the link.
+_RESENDS: Final = 3
+
+Answer = TypeVar("Answer")
 
 log = structlog.get_logger(__name__)
 
@@ -156,6 +173,38 @@ class _Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Stalled:
+    """Something behind this stage does not go on; a replacement may come."""
+
+    stall: Stall
+
+
+@dataclass(frozen=True, slots=True)
+class _Replaced:
+    """The requester puts another node in the place of a stage's; `done` gets this node's signature if it is the
+    witness, or a Refusal.
+    """
+
+    replacements: tuple[StageReplacement, ...]
+    messages: Sequence[execution_pb2.StageReplacement]
+    done: asyncio.Future[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _HistoryAsked:
+    """A node that takes over a stage next to this one asks for its history: `done` gets how far that goes, once all of
+    it is on record.
+    """
+
+    done: asyncio.Future[Extent]
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeat:
+    """Hand the newest output and what followed it on again."""
+
+
+@dataclass(frozen=True, slots=True)
 class _RequesterGone:
     stream: ForwardStream
 
@@ -200,9 +249,10 @@ class Pipeline:
             chain,
             on_response=self.receive_response,
             on_reconnect=self._repeat_to,
-            on_failed=self._peer_failed,
+            on_lost=self._peer_lost,
             start=start,
         )
+        self._takeover = StageTakeover(settings, self.peers, runtime)
         self._local = _LocalStream(signer.address, lambda message: self.receive_response(signer.address, message))
 
     def close(self) -> None:
@@ -219,11 +269,31 @@ class Pipeline:
         """End a session of stage 0 after the steps it forwarded, once the last stage has drawn from them; returns their
         number.
         """
-        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        return await self._ask(session, _Cancel)
+
+    async def replace(self, session: Session, messages: Sequence[execution_pb2.StageReplacement]) -> bytes:
+        """Go on over the route that `messages` make; returns this node's signature over the last of them if it is their
+        witness. Refusal if one does not hold, or if the node that is to be replaced still serves.
+        """
+        replacements = replacements_from_messages(session.request_id, messages)
+        return await self._ask(session, lambda done: _Replaced(replacements, messages, done))
+
+    async def extent(self, session: Session) -> Extent:
+        """How far the session is, once everything up to there is on record."""
+        return await self._ask(session, _HistoryAsked)
+
+    def repeat(self, session: Session) -> None:
+        """Hand the newest output on again, and what followed it: a new node is behind."""
+        self._post(session, _Repeat())
+
+    @staticmethod
+    async def _ask(session: Session, item: Callable[[asyncio.Future[Answer]], object]) -> Answer:
+        """Put something into the session's inbox and wait for what it gives."""
+        done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
-            session.inbox.put_nowait(_Cancel(done))
+            session.inbox.put_nowait(item(done))
         except asyncio.QueueFull:
-            raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "the session is busy; close it again") from None
+            raise Refusal(ErrorReason.ERROR_REASON_CAPACITY_EXHAUSTED, "the session is busy; try again") from None
         return await done
 
     def receive(self, stream: ForwardStream, message: execution_pb2.ForwardRequest) -> None:
@@ -265,11 +335,11 @@ class Pipeline:
                         self._post(session, _StatementReceived(None, message.receipt))
             case "rejected":
                 rejected = message.rejected
-                refusal = Refusal(rejected.reason, rejected.detail[:512])
+                stall = Stall(Refusal(rejected.reason, rejected.detail[:512]), rejected.stage)
                 for session in self._sessions.of_request(rejected.request_id):
                     # A rejection travels back along the route; stage 0 is where it ends.
                     if session.successor == node and not (session.is_last and rejected.stage > 0):
-                        self._post(session, _Failed(refusal, rejected.stage))
+                        self._post(session, _Stalled(stall))
             case _:
                 log.warning("unexpected_answer", peer=node, body=message.WhichOneof("body"))
 
@@ -418,17 +488,25 @@ class Pipeline:
         logger.info("session_opened", prompt_tokens=session.opening.prompt_tokens)
         detached = False
         try:
+            if session.takes_over and session.stage > 0:
+                await self._take_over(session, None)
             while session.state is not SessionState.FAILED:
                 limit = self._settings.session_idle_seconds
                 if session.state is SessionState.SEALED:
                     limit = self._settings.session_linger_seconds
                 elif detached:
                     limit = self._settings.requester_reconnect_seconds
+                if session.stalled is not None:
+                    limit = min(limit, max(0.0, session.stalled_until - time.monotonic()))
                 try:
                     async with asyncio.timeout(limit):
                         item = await session.inbox.get()
                 except TimeoutError:
                     if session.state is SessionState.SEALED:
+                        return
+                    if session.stalled is not None and (detached or time.monotonic() >= session.stalled_until):
+                        # Nobody has replaced what stopped, or nobody is left who would.
+                        self._fail(session, session.stalled.refusal, session.stalled.stage)
                         return
                     if detached:
                         detached = False
@@ -467,6 +545,9 @@ class Pipeline:
             item = session.inbox.get_nowait()
             if isinstance(item, _Cancel):
                 session.close_waiters.append(item.done)
+            elif isinstance(item, _Replaced | _HistoryAsked) and not item.done.done():
+                ended = Refusal(ErrorReason.ERROR_REASON_UNKNOWN_SESSION, "the session has just ended here")
+                item.done.set_exception(session.failure or ended)
         self._answer_close(session)
 
     async def _handle(self, session: Session, item: object) -> None:
@@ -496,6 +577,14 @@ class Pipeline:
                     session.upstream = None
             case _Failed():
                 self._fail(session, item.refusal, item.stage)
+            case _Stalled():
+                self._stall(session, item.stall)
+            case _Replaced():
+                await _answered(item.done, self._replace(session, item))
+            case _HistoryAsked():
+                await _answered(item.done, self._extent(session))
+            case _Repeat():
+                self._repeat_output(session)
             case _:
                 raise AssertionError(f"unknown item {item!r}")
 
@@ -512,6 +601,8 @@ class Pipeline:
                     ErrorReason.ERROR_REASON_INPUT_COMMITMENT_MISMATCH, "this is not the prompt of the request"
                 )
             self._attach(session, step.stream)
+            if session.takes_over:
+                await self._take_over(session, step)
         if session.stage == 0 and step.step > 0:
             await self._take_output(session, step)
             return
@@ -519,6 +610,7 @@ class Pipeline:
             self._answer_again(session, step)
             return
         session.check_next(step.step, step.position, step.rows)
+        session.stalled = None
         if session.stage > 0:
             session.upstream = step.stream
         await self._execute(session, step)
@@ -572,6 +664,7 @@ class Pipeline:
         else:
             # Also of a session that is sealed: a ring of one stage ends before its last output has come around.
             self._add_output(session, step)
+        session.stalled = None
         if session.state is not SessionState.ACTIVE or session.is_final(session.tokens[-1], len(session.tokens)):
             return
         if session.closing:
@@ -668,26 +761,11 @@ class Pipeline:
     @staticmethod
     def _frames(session: Session, number: int, output: StepOutput) -> list[execution_pb2.ForwardRequest]:
         """One step's output as it goes to the next stage; the last stage's becomes the next step of stage 0."""
-        payload, digest = output.payload, output.digest
         step = number + 1 if session.is_last else number
-        count = max(1, -(-len(payload) // _PAYLOAD_BYTES))
-        encoding = common_pb2.TensorEncoding.ValueType(output.encoding)
+        item = HandedOver(step, output.position, output.rows, int(output.encoding), output.payload, output.digest)
         return [
-            execution_pb2.ForwardRequest(
-                frame=execution_pb2.StepFrame(
-                    request_id=session.request_id,
-                    stage=session.successor_stage,
-                    step=step,
-                    position=output.position,
-                    rows=output.rows,
-                    encoding=encoding,
-                    frame_index=index,
-                    frame_count=count,
-                    payload=payload[index * _PAYLOAD_BYTES : (index + 1) * _PAYLOAD_BYTES],
-                    digest=digest if index == 0 else b"",
-                )
-            )
-            for index in range(count)
+            execution_pb2.ForwardRequest(frame=frame)
+            for frame in frames_of(session.request_id, session.successor_stage, item)
         ]
 
     def _send(self, session: Session, message: execution_pb2.ForwardRequest) -> None:
@@ -711,13 +789,132 @@ class Pipeline:
         """
         for session in self._sessions.all():
             if session.successor == node and session.state is not SessionState.FAILED:
+                session.stalled = None
                 self._repeat_output(session)
 
-    def _peer_failed(self, node: ChecksumAddress, why: str) -> None:
+    def _peer_lost(self, node: ChecksumAddress, why: str) -> None:
+        refusal = Refusal(ErrorReason.ERROR_REASON_PEER_UNAVAILABLE, f"node {node} cannot be reached: {why}")
         for session in self._sessions.all():
-            if session.successor == node and session.state is SessionState.ACTIVE:
-                refusal = Refusal(ErrorReason.ERROR_REASON_PEER_UNAVAILABLE, f"node {node} cannot be reached: {why}")
-                self._post(session, _Failed(refusal))
+            if session.successor == node and session.state is SessionState.ACTIVE and session.next_step:
+                self._post(session, _Stalled(Stall(refusal, session.successor_stage)))
+
+    # -- stages that are replaced
+
+    def _stall(self, session: Session, stall: Stall) -> None:
+        """The ring does not go on behind this stage. Its requester is told, and may replace what stopped."""
+        if session.state is not SessionState.ACTIVE or stall.stage == session.stage:
+            return  # what is said of a stage's own number is about its statements: the next one covers them
+        damaged = stall.refusal.reason == ErrorReason.ERROR_REASON_DIGEST_MISMATCH
+        if damaged and stall.stage == session.successor_stage and session.resent < _RESENDS:
+            session.resent += 1
+            self._repeat_output(session)
+            return
+        if session.stalled is None:
+            session.stalled, session.stalled_until = stall, time.monotonic() + self._settings.repair_seconds
+            log.warning(
+                "session_stalled", request_id=session.request_id.hex(), stage=session.stage, behind=stall.stage,
+                reason=stall.refusal.reason_name, detail=stall.refusal.detail,
+            )  # fmt: skip
+        if session.upstream is not None:
+            session.upstream.reject(session.request_id, stall.stage, session.next_step, stall.refusal)
+
+    async def _replace(self, session: Session, item: _Replaced) -> bytes:
+        """Check what is new on the route, sign for it if it is this node's to see that it is needed, and go by it."""
+        replacements, messages = item.replacements, list(item.messages)
+        known = session.replacements
+        if replacements[: len(known)] != known:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_SIGNATURE_INVALID,
+                f"{len(known)} replacements of this route are known here, and these are others; send all in order",
+            )
+        signature = b""
+        if replacements and not replacements[-1].witness:
+            newest = replacements[-1]
+            before = self._route_after(session, replacements[:-1])
+            if witness_of([view.node for view in before], newest.stage, newest.replaced) == self._signer.address:
+                await self._check_gone(session, newest)
+                signature = self._signer.sign_digest(newest.digest(self._domains.escrow))
+                replacements = (*replacements[:-1], dataclasses.replace(newest, witness=signature))
+                messages[-1] = execution_pb2.StageReplacement.FromString(messages[-1].SerializeToString())
+                messages[-1].witness = signature
+        views = self._route_after(session, replacements)
+        for own in self._sessions.of_request(session.request_id):
+            self._go_by(own, views, replacements)
+            own.replacement_messages = tuple(messages)
+        return signature
+
+    def _route_after(self, session: Session, replacements: Sequence[StageReplacement]) -> tuple[StageView, ...]:
+        return self._sessions.route_after(session.first_views, replacements, session.requester, session.plan_root)
+
+    async def _check_gone(self, session: Session, replacement: StageReplacement) -> None:
+        """Refusal if the node that is to be replaced still has its session. One that damages what it is sent does not
+        count.
+        """
+        if session.stalled is not None and session.resent >= _RESENDS:
+            return
+        asked = execution_pb2.CheckSessionRequest(request_id=session.request_id, stage=replacement.stage)
+        limit = self._settings.witness_probe_seconds
+
+        async def check(stub: ShardExecutionAsyncStub) -> None:
+            await stub.CheckSession(asked, timeout=limit)
+
+        try:
+            async with asyncio.timeout(limit):
+                await self.peers.with_channel(replacement.replaced, check)
+        except (grpc.aio.AioRpcError, Refusal, TimeoutError, OSError):
+            return
+        raise Refusal(
+            ErrorReason.ERROR_REASON_NODE_IN_PLACE,
+            f"node {replacement.replaced} serves stage {replacement.stage} of this request; wait for it",
+        )
+
+    def _go_by(
+        self, session: Session, views: tuple[StageView, ...], replacements: tuple[StageReplacement, ...]
+    ) -> None:
+        changed = [number for number, view in enumerate(views) if view.node != session.route[number].node]
+        session.route, session.replacements, session.stalled = views, replacements, None
+        for stage in changed:
+            # What the former node signed binds it, not the one that answers for the stage now.
+            self._evidence.drop_statements(session.request_id, session.stage, stage)
+            log.info("stage_replaced", request_id=session.request_id.hex(), stage=stage, node=views[stage].node)
+        if session.successor_stage in changed:
+            session.resent = 0
+
+    async def _extent(self, session: Session) -> Extent:
+        await self._await_recordings(session, 1)
+        drawn = session.answer.count if session.answer is not None else 0
+        return Extent(len(session.builder.steps), len(session.outputs), session.opening.prompt_tokens + drawn - 1)
+
+    async def _take_over(self, session: Session, prompt: _Step | None) -> None:
+        """Catch up with the stage's former node; the session fails if that is impossible."""
+        session.takes_over = False
+        given = None
+        if prompt is not None:
+            encoding = session.encodings_of(0)[0]
+            given = HandedOver(0, 0, prompt.rows, int(encoding), prompt.data, prompt.digest)
+            if session.predecessor_is_new and session.successor_is_new:
+                return  # nothing has been executed: the prompt is the first step
+        try:
+            taken = await self._takeover.run(session, given, self._output_encoding(session, 1))
+        except Refusal as refusal:
+            self._fail(session, refusal)
+            return
+        if not taken:
+            return
+        newest = taken[-1]
+        session.unacknowledged = self._frames(session, newest.input.step, newest.output)
+        self._unrecorded += 1
+        recording = asyncio.get_running_loop().run_in_executor(self._recorder, lambda: self._record_all(session, taken))
+        session.recordings.append(recording)
+        recording.add_done_callback(lambda done: self._recorded(session, done))
+        if not session.successor_is_new:
+            # If the stage behind has seen it, this only sets the ring going again.
+            self._repeat_output(session)
+        log.info("stage_taken_over", request_id=session.request_id.hex(), stage=session.stage, steps=len(taken))
+        if session.answer is not None and newest.output.drawn is not None:
+            token = newest.output.drawn.tokens[-1]
+            if session.is_final(token, session.answer.count):
+                await self._end_here(session, session.reason_of(token), session.answer.count)
 
     # -- the end of a session
 
@@ -732,6 +929,10 @@ class Pipeline:
         for its output; an answer that is complete is ended by the last stage.
         """
         session.closing = True
+        if session.stalled is not None:
+            # Nothing comes around any more, and whoever could have replaced what stopped wants no more of it.
+            self._fail(session, session.stalled.refusal, session.stalled.stage)
+            return
         unanswered = len(session.outputs) < session.next_step
         if session.next_step and (unanswered or session.is_final(session.tokens[-1], len(session.tokens))):
             return
@@ -802,6 +1003,9 @@ class Pipeline:
         self._answer_close(session)
         self._sessions.free_cache(session)
         self._deliver(session, recorded)
+        if recorded.sent is None and session.sent_statement is not None:
+            # It was signed with the newest step, and may not have arrived.
+            session.unacknowledged.append(session.sent_statement)
         if session.is_last:
             # After the statement over all tokens, which stage 0 passes on with the end.
             session.unacknowledged.append(end)
@@ -817,7 +1021,7 @@ class Pipeline:
         """The session cannot go on: say so backwards along the route."""
         if session.state is SessionState.FAILED or session.state is SessionState.SEALED:
             return
-        session.state = SessionState.FAILED
+        session.state, session.failure = SessionState.FAILED, refusal
         log.warning(
             "session_failed", request_id=session.request_id.hex(), stage=session.stage,
             reason=refusal.reason_name, detail=refusal.detail,
@@ -930,14 +1134,24 @@ class Pipeline:
         if self._unrecorded == 1:
             # Not where steps queue up: those of other sessions are then being computed anyway.
             time.sleep(_RECORDING_PAUSE_S)
+        self._keep(session, step, output)
+        if step.step % self._settings.statement_interval_steps:
+            return _Recorded(step.step, None, None)
+        return self._state(session)
+
+    def _record_all(self, session: Session, taken: Sequence[TakenOver]) -> _Recorded:
+        """All steps of a stage that was taken over."""
+        for item in taken:
+            self._keep(session, item.input, item.output)
+        return self._state(session)
+
+    def _keep(self, session: Session, step: _Step | HandedOver, output: StepOutput) -> None:
+        """Sketch and evidence of one step."""
         fingerprint = session.sketch.add(output.sketched)
         leaf = session.builder.add(step.rows, step.digest, output.digest, fingerprint, position=step.position)
         encoding = encoding_of_input(session.manifest, session.executor.first_unit, step.rows, len(step.data))
         # With what was handed on: the committee compares it with what it computes, a sketch alone would not show it.
         self._evidence.add_step(session.request_id, session.stage, leaf, int(encoding), step.data, output.payload)
-        if step.step % self._settings.statement_interval_steps:
-            return _Recorded(step.step, None, None)
-        return self._state(session)
 
     def _state(self, session: Session) -> _Recorded:
         """Sign for everything received and sent up to the newest step."""
@@ -982,7 +1196,7 @@ class Pipeline:
             if stream is not None:
                 stream.send(execution_pb2.ForwardResponse(receipt=recorded.receipt))
         if recorded.sent is not None:
-            message = execution_pb2.ForwardRequest(statement=recorded.sent)
+            message = session.sent_statement = execution_pb2.ForwardRequest(statement=recorded.sent)
             if session.state is SessionState.SEALED:
                 session.unacknowledged.append(message)
             if session.state is not SessionState.FAILED:
@@ -1026,6 +1240,18 @@ class Pipeline:
             return await self._in_recorder(seal)  # type: ignore[no-any-return]
         except (StorageError, SigningRefusedError, SketchError, ChainError) as error:
             raise _storage_refusal(error) from error
+
+
+async def _answered(done: asyncio.Future[Answer], work: Coroutine[Any, Any, Answer]) -> None:
+    """What `work` gives or refuses, to whoever waits for it."""
+    try:
+        result = await work
+    except (Refusal, StorageError) as error:
+        if not done.done():
+            done.set_exception(error)
+        return
+    if not done.done():
+        done.set_result(result)
 
 
 def _storage_refusal(error: BaseException | None) -> Refusal:

@@ -109,6 +109,14 @@ class SpeculatedAnswer:
             self.drafts = self._index.continuation(most)
         return Drawn(tokens, self.drafts)
 
+    def adopt(self, drawn: Drawn) -> None:
+        """Go on behind what another node drew and drafted."""
+        self._count += len(drawn.tokens)
+        self._unread += drawn.tokens
+        if self.drafts:
+            self._adapt(len(self.drafts), len(drawn.tokens) - 1)
+        self.drafts = drawn.drafts
+
     def _adapt(self, drafted: int, accepted: int) -> None:
         self._rejected += drafted - accepted
         if accepted == drafted:

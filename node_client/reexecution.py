@@ -301,7 +301,7 @@ class Reexecution:
                 sketch.add(rows)
                 if fetched.draws:
                     tokens = next(draws)
-                    follows = follows and _are_draws(rows, fetched.sampling, count, tokens, tolerance.logit_tolerance)
+                    follows = follows and are_draws(rows, fetched.sampling, count, tokens, tolerance.logit_tolerance)
                     count += len(tokens)
                 else:
                     data = next(outputs)
@@ -328,7 +328,7 @@ class Reexecution:
             self._runtime.release(executor)
 
 
-def _are_draws(logits: Rows, sampling: SamplingParameters, first: int, tokens: Sequence[int], tolerance: float) -> bool:
+def are_draws(logits: Rows, sampling: SamplingParameters, first: int, tokens: Sequence[int], tolerance: float) -> bool:
     """Whether `tokens`, number `first` of the answer and those behind it, are draws from the first rows of `logits`."""
     try:
         return all(

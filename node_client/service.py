@@ -236,16 +236,15 @@ class NodeService:
         identity = await asyncio.to_thread(keystore.tls_identity, advertised_host)
         endpoint = _bind(server, settings, identity)
         await server.start()
-        stack.push_async_callback(server.stop, _STOP_GRACE_SECONDS)
+        stack.push_async_callback(server.stop, min(_STOP_GRACE_SECONDS, settings.drain_seconds))
         operator = await self._join(keystore, signer, client, chain, domains, identity, endpoint)
 
         start(_restarted("chain_duties", duties.run))
-        if settings.coordinator is not None:
+        if coordinators := settings.coordinators:
             # Links are for planners: without a coordinator nobody asks for them.
             start(_restarted("link_prober", prober.run))
             coordination = Coordination(settings, signer, domains, chain, runtime, sessions, prober, clock=clock)
-            coordinator = settings.coordinator
-            start(_restarted("coordination", lambda: coordination.run(coordinator)))
+            start(_restarted("coordination", lambda: coordination.run(coordinators)))
         await checks.set("", health_pb2.HealthCheckResponse.SERVING)
         await checks.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         self.ready = Ready(signer.address, operator, endpoint)

@@ -13,7 +13,7 @@ import asyncio
 import enum
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,10 @@ from bsns.protocol.commitments import (
     token_ids,
 )
 from bsns.protocol.contract_states import NodeStatus, RequestStatus
-from bsns.protocol.identifiers import BYTES32, ModelId, RequestId
+from bsns.protocol.identifiers import BYTES32, ZERO_HASH, ModelId, ProtocolError, RequestId, address, require_bytes32
 from bsns.protocol.manifest import ModelManifest
-from bsns.protocol.plan import execution_class_id
+from bsns.protocol.plan import Assignment, execution_class_id
+from bsns.protocol.replacement import MAXIMUM_REPLACEMENTS, StageReplacement, route_after
 from bsns.protocol.sampling import SamplingError, SamplingParameters
 from bsns.protocol.sketch import StageSketch
 from bsns.protocol.typed_data import SESSION_TOKEN, is_signed_by, signing_digest
@@ -90,6 +91,14 @@ class ReceivedOutput:
     digest: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Something behind `stage` is wrong: what its requester is told."""
+
+    refusal: Refusal
+    stage: int
+
+
 @dataclass(eq=False)
 class Session:
     """One stage of one request. Changed only by its own task in the pipeline, except `inbox`."""
@@ -124,6 +133,7 @@ class Session:
     final_statement: common_pb2.SignedHandOver | None = None
     # For a successor that reconnects: the newest output and what followed it.
     unacknowledged: list[execution_pb2.ForwardRequest] = field(default_factory=list)
+    sent_statement: execution_pb2.ForwardRequest | None = None
     receipts: dict[int, common_pb2.SignedHandOver] = field(default_factory=dict)
     # Written by the recording thread only.
     builder: EvidenceBuilder = field(default_factory=EvidenceBuilder)
@@ -134,6 +144,22 @@ class Session:
     output_chains: list[bytes] = field(default_factory=list)
     returned_chains: list[bytes] = field(default_factory=list)
     opened_at: float = 0.0
+    # The route as it was on chain, what has replaced nodes of it since, and the root of the plan they are all in.
+    first_views: tuple[StageView, ...] = ()
+    replacements: tuple[StageReplacement, ...] = ()
+    replacement_messages: tuple[execution_pb2.StageReplacement, ...] = ()
+    plan_root: bytes = ZERO_HASH
+    # This node takes the stage over, and has not fetched what it missed; the stages around it may be new as well.
+    takes_over: bool = False
+    predecessor_is_new: bool = False
+    successor_is_new: bool = False
+    # Why the ring does not go on, and until when (monotonic clock) a replacement is waited for.
+    stalled: Stall | None = None
+    stalled_until: float = 0.0
+    # Why it failed, if it did.
+    failure: Refusal | None = None
+    # How often the newest output was refused as damaged, and was sent again.
+    resent: int = 0
 
     @property
     def key(self) -> SessionKey:
@@ -227,6 +253,18 @@ class Session:
 
     def check_next(self, step: int, position: int, rows: int) -> None:
         """Refusal unless this is the step that comes next, of a session that goes on."""
+        self.check_order(step, position, rows)
+        if step and self.answer is not None:
+            drawn = self.opening.prompt_tokens + self.answer.count - 1, 1 + len(self.answer.drafts)
+            if (position, rows) != drawn:
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
+                    f"step {step} has {drawn[1]} rows from position {drawn[0]} on, as they were handed to stage 0; "
+                    f"{rows} rows from {position} on came back",
+                )
+
+    def check_order(self, step: int, position: int, rows: int) -> None:
+        """Refusal unless this can be the step that comes next, whatever was drawn."""
         if step != self.next_step:
             raise Refusal(
                 ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER, f"step {self.next_step} comes next, step {step} was sent"
@@ -243,14 +281,6 @@ class Session:
                 f"{self.rejected_before(position)} drafts were rejected in {tokens} tokens and {rows - 1} more were "
                 "sent; the last stage must draft less",
             )
-        if self.answer is not None:
-            drawn = self.opening.prompt_tokens + self.answer.count - 1, 1 + len(self.answer.drafts)
-            if (position, rows) != drawn:
-                raise Refusal(
-                    ErrorReason.ERROR_REASON_STEP_OUT_OF_ORDER,
-                    f"step {step} has {drawn[1]} rows from position {drawn[0]} on, as they were handed to stage 0; "
-                    f"{rows} rows from {position} on came back",
-                )
 
     def check_repeat(self, step: int, position: int, rows: int, digest: bytes) -> None:
         """Refusal unless `step`, which was executed, is repeated as it was."""
@@ -429,7 +459,10 @@ class SessionStore:
             raise Refusal(
                 ErrorReason.ERROR_REASON_REQUEST_NOT_ROUTED, "the request's deadline has passed; claim its refund"
             )
-        route = await self._chain.stages(key[0])
+        first_route = await self._chain.stages(key[0])
+        plan_root = await self._chain.plan_root(request.plan_id)
+        replacements = replacements_from_messages(key[0], message.replacements)
+        route = self.route_after(first_route, replacements, request.requester, plan_root)
         if key[1] >= len(route) or route[key[1]].node != self._node:
             raise Refusal(
                 ErrorReason.ERROR_REASON_WRONG_STAGE,
@@ -449,6 +482,13 @@ class SessionStore:
         prompt = _checked_prompt(message.prompt, opening, manifest, is_last=key[1] == len(route) - 1)
         self._check_history(key)
         session = await self._allocate(key, request, route, opening, model, positions)
+        session.first_views = first_route
+        session.replacements, session.plan_root = replacements, plan_root
+        session.replacement_messages = tuple(message.replacements)
+        session.takes_over = first_route[key[1]].node != self._node
+        if replacements:
+            self._evidence.save_replacements(*key, [item.SerializeToString() for item in message.replacements])
+        session.predecessor_is_new, session.successor_is_new = message.predecessor_is_new, message.successor_is_new
         if session.is_last:
             session.answer = SpeculatedAnswer(opening.sampling, manifest.end_token_ids, prompt)
         return session
@@ -512,11 +552,35 @@ class SessionStore:
             opened_at=time.monotonic(),
         )
 
+    def route_after(
+        self,
+        route: Sequence[StageView],
+        replacements: Sequence[StageReplacement],
+        requester: ChecksumAddress,
+        plan_root: bytes,
+    ) -> tuple[StageView, ...]:
+        """`route` with `replacements` in place; Refusal if one of them is not as the chain would take it."""
+        try:
+            nodes = route_after(
+                [stage.node for stage in route],
+                replacements,
+                requester=requester,
+                domain=self._domains.escrow,
+                plan_root=plan_root,
+            )
+        except ProtocolError as error:
+            raise Refusal(
+                ErrorReason.ERROR_REASON_SIGNATURE_INVALID, f"a replacement does not hold: {error}"
+            ) from error
+        classes = {(item.stage, item.assignment.node): item.assignment.execution_class for item in replacements}
+        return tuple(
+            stage if stage.node == node else StageView(node, stage.first_unit, stage.end_unit, classes[number, node])
+            for number, (stage, node) in enumerate(zip(route, nodes, strict=True))
+        )
+
     def _check_history(self, key: SessionKey) -> None:
         if self._evidence.sealed_stage(*key) is not None:
-            raise Refusal(
-                ErrorReason.ERROR_REASON_UNKNOWN_SESSION, "this session has ended and its result is committed"
-            )
+            raise Refusal(ErrorReason.ERROR_REASON_SESSION_ENDED, "this session has ended and its result is committed")
         if self._guard.has_signed(*key):
             # The cache is gone, and executing again could sign other bytes for the same steps: that would be
             # equivocation.
@@ -569,6 +633,45 @@ def _checked_prompt(data: bytes, opening: InputOpening, manifest: ModelManifest,
             "this is not the prompt of the request: send its token ids as int32, or leave them out",
         )
     return token_ids(data)
+
+
+def replacements_from_messages(
+    request_id: bytes, messages: Sequence[execution_pb2.StageReplacement]
+) -> tuple[StageReplacement, ...]:
+    """Wire replacements as the protocol's; Refusal if they are malformed. `SessionStore.route_after` says whether they
+    hold.
+    """
+    if len(messages) > MAXIMUM_REPLACEMENTS:
+        raise Refusal(
+            ErrorReason.ERROR_REASON_MESSAGE_TOO_LARGE,
+            f"a route has at most {MAXIMUM_REPLACEMENTS} replacements, {len(messages)} were sent; open a new request",
+        )
+    found = []
+    for message in messages:
+        given = message.assignment
+        try:
+            assignment = Assignment(
+                given.stage,
+                given.replica,
+                given.first_unit,
+                given.end_unit,
+                address(given.node),
+                given.work_weight,
+                require_bytes32(given.execution_class, "execution class"),
+            )
+            found.append(
+                StageReplacement(
+                    request_id,
+                    address(message.replaced),
+                    assignment,
+                    tuple(require_bytes32(item, "proof") for item in message.proof),
+                    bytes(message.consent),
+                    bytes(message.witness),
+                )
+            )
+        except (ProtocolError, ValueError) as error:
+            raise Refusal(ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, f"not a replacement: {error}") from error
+    return tuple(found)
 
 
 def sampling_from_message(message: common_pb2.SamplingParameters) -> SamplingParameters:

@@ -48,7 +48,9 @@ class NodeSettings(BaseSettings):
         default=None, description="host:port registered on chain; default: what is listened on"
     )
     coordinator: str | None = Field(
-        default=None, description="host:port of a coordinator to attach to; a node works without one"
+        default=None,
+        description="host:port of a coordinator to attach to, or of several that stand in for one another, with commas "
+        "between them; a node works without one",
     )
     coordinator_certificate: Path | None = Field(
         default=None, description="PEM certificate of a coordinator that is not on loopback"
@@ -105,6 +107,13 @@ class NodeSettings(BaseSettings):
     requester_reconnect_seconds: float = Field(
         default=2.0, ge=0, description="a requester whose stream broke may come back"
     )
+    repair_seconds: float = Field(
+        default=15.0, gt=0, description="a session that a dead stage holds up waits so long for a replacement"
+    )
+    witness_probe_seconds: float = Field(
+        default=0.25, gt=0, description="a node that does not answer within this time may be replaced"
+    )
+    history_seconds: float = Field(default=10.0, gt=0, description="time for the history of a stage that is taken over")
     session_inbox_limit: int = Field(default=64, ge=4, description="messages waiting for one session")
     stream_outbox_limit: int = Field(default=1024, ge=16, description="messages waiting for one reader")
     recording_limit: int = Field(default=16, ge=1, description="steps of a session executed but not yet recorded")
@@ -172,7 +181,20 @@ class NodeSettings(BaseSettings):
 
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
 
-    @field_validator("listen", "advertise", "coordinator")
+    @property
+    def coordinators(self) -> tuple[str, ...]:
+        """The coordinators in the order they are tried."""
+        return tuple(part.strip() for part in (self.coordinator or "").split(",") if part.strip())
+
+    @field_validator("coordinator")
+    @classmethod
+    def _coordinators(cls, value: str | None) -> str | None:
+        for part in (value or "").split(","):
+            if part.strip():
+                split_endpoint(part.strip())
+        return value
+
+    @field_validator("listen", "advertise")
     @classmethod
     def _host_and_port(cls, value: str | None) -> str | None:
         if value is not None:
@@ -189,10 +211,9 @@ class NodeSettings(BaseSettings):
             and split_endpoint(self.listen)[0] in ("0.0.0.0", "::")
         ):
             raise ValueError("a node that listens on every address must say with `advertise` where it is reached")
-        if self.coordinator is not None and self.coordinator_certificate is None and not is_loopback(self.coordinator):
-            raise ValueError(
-                f"{self.coordinator} is not on loopback: give its certificate with coordinator_certificate"
-            )
+        distant = [item for item in self.coordinators if not is_loopback(item)]
+        if distant and self.coordinator_certificate is None:
+            raise ValueError(f"{distant[0]} is not on loopback: give its certificate with coordinator_certificate")
         return self
 
     @classmethod

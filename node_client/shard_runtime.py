@@ -255,25 +255,14 @@ class ShardRuntime:
 
         def finish(outputs: list[torch.Tensor]) -> StepOutput:
             output = outputs[-1] if head or len(outputs) == 1 else torch.cat(outputs)
-            sketched: Rows = output.numpy(force=True).astype(np.float32, copy=False)
-            if not np.isfinite(sketched).all():
-                raise Refusal(
-                    ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
-                    "the step gives NaN or infinity: the activations received are not those of the model",
-                )
-            drawn, encoding, next_position, next_rows = None, output_encoding, position, rows
-            if head:
-                drawn, encoding = take(sketched), TensorEncoding.TOKEN_IDS
-                next_position += len(drawn.tokens) if position else rows
-                next_rows = 1 + len(drawn.drafts)
-                payload = token_bytes((drawn.tokens[-1], *drawn.drafts))
-            elif output_encoding is TensorEncoding.RAW_FLOAT32:
-                payload = sketched.astype("<f4", copy=False).tobytes()
-            else:
-                payload = activation_codec.encode(encoding, output)
-            # Here and not on the event loop: one row of a vision model takes up to a few megabytes.
-            digest = step_digest(payload, next_position, next_rows)
-            result = StepOutput(payload, encoding, next_position, next_rows, digest, sketched, drawn)
+            result = step_output(
+                executor,
+                output.numpy(force=True).astype(np.float32, copy=False),
+                rows=rows,
+                position=position,
+                take=take,
+                encoding=output_encoding,
+            )
             write(result)
             return result
 
@@ -299,11 +288,13 @@ class ShardRuntime:
         inputs: Iterable[tuple[bytes, int, int]],
         chunk_rows: int,
         take: Callable[[Rows], None],
+        session: StageSession | None = None,
     ) -> None:
         """Teacher-forced pass over (bytes, position, rows) of each step in order; `take` gets what was sketched of each
-        step's output (`StepOutput`) in the compute thread.
+        step's output (`StepOutput`) in the compute thread. An empty `session` that is given goes on behind it.
 
-        Refusal if the bytes are not what the stage takes. Runs in pieces of `chunk_rows` rows between other work.
+        Refusal if the bytes are not what the stage takes, or of `take`. Runs in pieces of `chunk_rows` rows between
+        other work.
         """
 
         def begin() -> Iterator[Any]:
@@ -311,7 +302,7 @@ class ShardRuntime:
                 StepInput(position, decode_input(executor, data, rows), rows if position else 1)
                 for data, position, rows in inputs
             ]
-            return iterate_reexecution(executor, steps, chunk_rows=chunk_rows)
+            return iterate_reexecution(executor, steps, chunk_rows=chunk_rows, session=session)
 
         def advance(outputs: Iterator[Any]) -> bool:
             output = next(outputs, None)
@@ -405,6 +396,36 @@ def decode_input(executor: ShardExecutor, data: bytes, rows: int) -> Any:
         width=manifest.row_width(first_unit),
         vocabulary_size=manifest.vocabulary_size,
     )
+
+
+def step_output(
+    executor: ShardExecutor,
+    sketched: Rows,
+    *,
+    rows: int,
+    position: int,
+    take: Callable[[Rows], Drawn],
+    encoding: TensorEncoding,
+) -> StepOutput:
+    """What a stage hands on after a step of `rows` rows from `position` on that gave `sketched`. A stage with the head
+    draws with `take`, another encodes its rows. Refusal for rows that are no numbers.
+    """
+    if not np.isfinite(sketched).all():
+        raise Refusal(
+            ErrorReason.ERROR_REASON_MALFORMED_TENSOR,
+            "the step gives NaN or infinity: the activations received are not those of the model",
+        )
+    drawn = None
+    if holds_head(executor):
+        drawn, encoding = take(sketched), TensorEncoding.TOKEN_IDS
+        position += len(drawn.tokens) if position else rows
+        rows = 1 + len(drawn.drafts)
+        payload = token_bytes((drawn.tokens[-1], *drawn.drafts))
+    elif encoding is TensorEncoding.RAW_FLOAT32:
+        payload = sketched.astype("<f4", copy=False).tobytes()
+    else:
+        payload = activation_codec.encode(encoding, torch.from_numpy(sketched))
+    return StepOutput(payload, encoding, position, rows, step_digest(payload, position, rows), sketched, drawn)
 
 
 def tolerance_of(executor: ShardExecutor) -> SketchTolerance:

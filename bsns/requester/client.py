@@ -13,7 +13,7 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,6 +36,7 @@ from bsns.protocol.commitments import content_digest, secret_hash
 from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ModelId, RequestId
 from bsns.protocol.manifest import ManifestError, ModelManifest
+from bsns.protocol.plan import Assignment, ShardPlan
 from bsns.protocol.record import (
     Disclosure,
     RecordedEvidence,
@@ -74,6 +75,7 @@ from bsns.requester.journal import Journal, JournalEntry, StageEvidenceHeader
 from bsns.requester.node_connection import NodeEndpoint, find_endpoints
 from bsns.requester.request_input import RequestInput
 from bsns.requester.settlement import Settlement, Standing
+from bsns.requester.standby import NodeBackoff, Standby
 
 if TYPE_CHECKING:
     from bsns.chain.client import ChainClient
@@ -97,6 +99,12 @@ class RequestLimits:
     next_token_s: float = 120.0
     close_s: float = 10.0
     evidence_s: float = 60.0
+    silence_s: float = 0.4
+    """So long no token, and the nodes are asked whether they are there."""
+    probe_s: float = 0.35
+    """A node that does not answer that within this time is taken for dead, and replaced."""
+    commitments_s: float = 8.0
+    """So long no commitment of a stage, and its node is asked whether it is there."""
     transaction_s: float = 120.0
     chain_patience_s: float = 30.0
     """How long a chain that does not answer is asked again."""
@@ -246,6 +254,7 @@ class Client:
         self._tokenizer = codec if isinstance(codec, ChatTokenizer) else None
         self._images = codec if isinstance(codec, ImageProcessor) else None
         self._submitter = Submitter(self.chain, signer)
+        self._backoff = NodeBackoff()
         self._domains = SessionDomains(
             typed_data.escrow_domain(deployment.chain_id, deployment.inference_escrow),
             typed_data.verification_domain(deployment.chain_id, deployment.output_verification),
@@ -570,10 +579,12 @@ class Client:
                 entry = await self._serve(entry, route, standing, on_token, on_progress, timing)
             if standing.status == RequestStatus.ROUTED:
                 on_progress("waiting for the nodes' commitments")
-                standing = await settlement.wait_until_not(RequestStatus.ROUTED)
+                standing = await self._await_commitments(entry, route, settlement, on_progress)
                 if standing.status in (RequestStatus.EXPIRED, RequestStatus.REFUNDED):
                     raise self._not_served(entry, "the nodes answered but did not all commit", standing)
             if standing.status in (RequestStatus.COMMITTED, RequestStatus.VERIFIED, RequestStatus.SETTLED):
+                # By now the chain knows who has replaced whom.
+                route = await self._route(entry)
                 entry = await self._collect_evidence(entry, route, on_progress)
             if standing.status == RequestStatus.COMMITTED and entry.stage != "drawn":
                 settlement = self._settlement(entry, on_progress)
@@ -615,7 +626,7 @@ class Client:
         decoder = self._decoder(entry.stop)
         pieces: list[str] = []
         try:
-            async with self._session(entry, route, standing.now) as session:
+            async with self._session(entry, route, standing.now, on_progress) as session:
                 on_progress(f"opening the session at {len(route)} nodes")
                 await session.open()
                 timing.sent_at = time.monotonic()
@@ -628,6 +639,8 @@ class Client:
                         await session.close()
                 finish_reason = session.finish_reason
                 tokens, drafts = session.tokens, session.drafts
+                for served in session.route:
+                    self._backoff.served(served.node)
         except SessionError as error:
             kind = AnswerInvalidError if error.invalid else NotServedError
             raise self._not_served(entry, f"node of stage {error.stage} refused: {error}", standing, kind) from error
@@ -669,7 +682,41 @@ class Client:
             on_progress(f"node of stage {error.stage} cannot be reached ({error}); the record will hold less evidence")
         return self._save(dataclasses.replace(entry, evidence=tuple(sorted(found, key=lambda item: item.stage))))
 
-    def _session(self, entry: JournalEntry, route: Sequence[NodeEndpoint], chain_now: int) -> ExecutionSession:
+    async def _await_commitments(
+        self,
+        entry: JournalEntry,
+        route: Sequence[NodeEndpoint],
+        settlement: Settlement,
+        on_progress: OnProgress,
+    ) -> Standing:
+        """Wait until all stages have committed, or the deadline is over. A node that died before it did is replaced."""
+        while True:
+            try:
+                async with asyncio.timeout(self._limits.commitments_s):
+                    return await settlement.wait_until_not(RequestStatus.ROUTED)
+            except TimeoutError:
+                pass
+            records = await asyncio.gather(
+                *(
+                    self.chain.call("OutputVerification", "stageRecordOf", entry.request_id, stage)
+                    for stage in range(len(route))
+                )
+            )
+            missing = [stage for stage, record in enumerate(records) if record.commitment == identifiers.ZERO_HASH]
+            try:
+                async with self._session(entry, route, (await self.chain.head()).timestamp, on_progress) as session:
+                    await session.mend(missing)
+            except SessionError as error:
+                on_progress(f"stage {error.stage} has not committed: {error}")
+
+    def _session(
+        self,
+        entry: JournalEntry,
+        route: Sequence[NodeEndpoint],
+        chain_now: int,
+        on_progress: OnProgress | None = None,
+    ) -> ExecutionSession:
+        """With `on_progress`, nodes that stop are replaced, and it is told."""
         limits = self._limits
         # Nodes may judge the token by their clock or the chain's.
         now = max(int(time.time()), chain_now)
@@ -685,11 +732,43 @@ class Client:
                 limits.next_token_s,
                 limits.close_s,
                 limits.evidence_s,
+                limits.silence_s,
+                limits.probe_s,
             ),
             now + limits.session_token_lifetime_s,
             now + limits.evidence_query_lifetime_s,
             self._share_prompt,
+            standby=None if on_progress is None else self._standby_of(entry),
+            backoff=self._backoff,
+            on_progress=on_progress or _no_progress,
         )
+
+    def _standby_of(self, entry: JournalEntry) -> Callable[[], Awaitable[Standby]]:
+        """Who could take over, read from the chain at once, so that it need not be there when somebody has to."""
+
+        async def read() -> Standby:
+            head = await self.chain.head()
+            events = await self.chain.events_between(
+                self.deployment.first_block,
+                head.number,
+                contract="ShardAssignments",
+                name="PlanPublished",
+                filters={"planId": entry.plan_id},
+            )
+            assignments = tuple(Assignment.from_tuple(tuple(item)) for item in events[0].arguments["assignments"])
+            nodes = {item.node for item in assignments}
+            plan = ShardPlan(max(item.end_unit for item in assignments), assignments)
+            return Standby(plan, await find_endpoints(self.chain, nodes, self.deployment.first_block, head.number))
+
+        reading = asyncio.ensure_future(read())
+        # Most requests never ask.
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+        async def standby() -> Standby:
+            async with _chain_errors():
+                return await asyncio.shield(reading)
+
+        return standby
 
     def _settlement(self, entry: JournalEntry, on_progress: OnProgress) -> Settlement:
         def sent(name: str, receipt: Receipt) -> None:

@@ -167,9 +167,14 @@ class StepInput:
 
 
 def iterate_reexecution(
-    executor: ShardExecutor, steps: Sequence[StepInput], *, chunk_rows: int = REEXECUTION_ROWS
+    executor: ShardExecutor,
+    steps: Sequence[StepInput],
+    *,
+    chunk_rows: int = REEXECUTION_ROWS,
+    session: StageSession | None = None,
 ) -> Iterator[Tensor]:
-    """Re-executes a whole session in one teacher-forced pass and yields each step's outputs in order.
+    """Re-executes a whole session in one teacher-forced pass and yields each step's outputs in order. In `session`, if
+    an empty one is given, which can then go on behind the last step.
 
     What `forward` gave for the step: float32 [n, hidden], or for a stage with the head the logits [logit_rows,
     vocabulary]. The first step is at position 0. A later one begins behind the step before it or goes back to one of
@@ -179,7 +184,8 @@ def iterate_reexecution(
     _check_positions(steps)
     if not steps:
         return
-    session = executor.new_session(max(step.position + step.inputs.shape[0] for step in steps))
+    if session is None:
+        session = executor.new_session(max(step.position + step.inputs.shape[0] for step in steps))
     first = 0
     for end in range(1, len(steps) + 1):
         if end == len(steps) or steps[end].position < steps[end - 1].position + steps[end - 1].inputs.shape[0]:

@@ -108,6 +108,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_PEER_UNAVAILABLE: _ErrorReason.ValueType  # 21
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 22
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 23
+    ERROR_REASON_NODE_IN_PLACE: _ErrorReason.ValueType  # 24
+    """The node that is to be replaced still serves."""
+    ERROR_REASON_SESSION_ENDED: _ErrorReason.ValueType  # 25
+    """The stage has done its part and committed to it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused; carried as google.rpc.ErrorInfo.reason with domain "bsns"."""
@@ -136,6 +140,10 @@ ERROR_REASON_WEIGHTS_UNAVAILABLE: ErrorReason.ValueType  # 20
 ERROR_REASON_PEER_UNAVAILABLE: ErrorReason.ValueType  # 21
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 22
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 23
+ERROR_REASON_NODE_IN_PLACE: ErrorReason.ValueType  # 24
+"""The node that is to be replaced still serves."""
+ERROR_REASON_SESSION_ENDED: ErrorReason.ValueType  # 25
+"""The stage has done its part and committed to it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

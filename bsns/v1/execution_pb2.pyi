@@ -8,6 +8,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,27 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _HistorySide:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HistorySideEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HistorySide.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HISTORY_SIDE_UNSPECIFIED: _HistorySide.ValueType  # 0
+    HISTORY_SIDE_INPUTS: _HistorySide.ValueType  # 1
+    """What the stage took in, asked of the stage before it."""
+    HISTORY_SIDE_OUTPUTS: _HistorySide.ValueType  # 2
+    """What it handed on, asked of the stage behind it."""
+
+class HistorySide(_HistorySide, metaclass=_HistorySideEnumTypeWrapper): ...
+
+HISTORY_SIDE_UNSPECIFIED: HistorySide.ValueType  # 0
+HISTORY_SIDE_INPUTS: HistorySide.ValueType  # 1
+"""What the stage took in, asked of the stage before it."""
+HISTORY_SIDE_OUTPUTS: HistorySide.ValueType  # 2
+"""What it handed on, asked of the stage behind it."""
+Global___HistorySide: _TypeAlias = HistorySide  # noqa: Y015
 
 @_typing.final
 class PrepareShardRequest(_message.Message):
@@ -136,16 +158,26 @@ class OpenSessionRequest(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    REPLACEMENTS_FIELD_NUMBER: _builtins.int
+    PREDECESSOR_IS_NEW_FIELD_NUMBER: _builtins.int
+    SUCCESSOR_IS_NEW_FIELD_NUMBER: _builtins.int
     request_id: _builtins.bytes
     stage: _builtins.int
     prompt: _builtins.bytes
     """To the last stage only, and only if the requester likes: the prompt as int32 little-endian token ids, of which the stage drafts. Empty: not
     shown.
     """
+    predecessor_is_new: _builtins.bool
+    """The stage before or behind this one is taken over too, after this one: it has nothing to show."""
+    successor_is_new: _builtins.bool
     @_builtins.property
     def token(self) -> Global___SessionToken: ...
     @_builtins.property
     def input(self) -> Global___InputOpening: ...
+    @_builtins.property
+    def replacements(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageReplacement]:
+        """Every replacement on the route so far, in the order they were made; this node is the newest one of its stage."""
+
     def __init__(
         self,
         *,
@@ -154,30 +186,219 @@ class OpenSessionRequest(_message.Message):
         token: Global___SessionToken | None = ...,
         input: Global___InputOpening | None = ...,
         prompt: _builtins.bytes = ...,
+        replacements: _abc.Iterable[Global___StageReplacement] | None = ...,
+        predecessor_is_new: _builtins.bool = ...,
+        successor_is_new: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "prompt", b"prompt", "request_id", b"request_id", "stage", b"stage", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "predecessor_is_new", b"predecessor_is_new", "prompt", b"prompt", "replacements", b"replacements", "request_id", b"request_id", "stage", b"stage", "successor_is_new", b"successor_is_new", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenSessionRequest: _TypeAlias = OpenSessionRequest  # noqa: Y015
 
 @_typing.final
+class StageReplacement(_message.Message):
+    """`assignment`'s node takes the place of `replaced`. Both signatures are over EIP-712 StageReplacement(bytes32 requestId,uint16 stage,
+    address replaced,address node) under the domain of InferenceEscrow.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    REPLACED_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
+    WITNESS_FIELD_NUMBER: _builtins.int
+    replaced: _builtins.bytes
+    consent: _builtins.bytes
+    """By the requester."""
+    witness: _builtins.bytes
+    """By the node of the stage before on the ring; empty where the whole route is one node's."""
+    @_builtins.property
+    def assignment(self) -> _common_pb2.Assignment: ...
+    @_builtins.property
+    def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Merkle proof of the assignment against the plan's root."""
+
+    def __init__(
+        self,
+        *,
+        assignment: _common_pb2.Assignment | None = ...,
+        proof: _abc.Iterable[_builtins.bytes] | None = ...,
+        replaced: _builtins.bytes = ...,
+        consent: _builtins.bytes = ...,
+        witness: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "consent", b"consent", "proof", b"proof", "replaced", b"replaced", "witness", b"witness"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageReplacement: _TypeAlias = StageReplacement  # noqa: Y015
+
+@_typing.final
+class ReplaceStageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REPLACEMENTS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.bytes
+    @_builtins.property
+    def replacements(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageReplacement]:
+        """All of the route so far, in order. Only the last one may still lack its witness."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.bytes = ...,
+        replacements: _abc.Iterable[Global___StageReplacement] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replacements", b"replacements", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplaceStageRequest: _TypeAlias = ReplaceStageRequest  # noqa: Y015
+
+@_typing.final
+class ReplaceStageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WITNESS_FIELD_NUMBER: _builtins.int
+    witness: _builtins.bytes
+    """Signature over the last replacement, if this node is its witness."""
+    def __init__(
+        self,
+        *,
+        witness: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["witness", b"witness"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplaceStageResponse: _TypeAlias = ReplaceStageResponse  # noqa: Y015
+
+@_typing.final
+class CheckSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.bytes
+    stage: _builtins.int
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.bytes = ...,
+        stage: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckSessionRequest: _TypeAlias = CheckSessionRequest  # noqa: Y015
+
+@_typing.final
+class CheckSessionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Steps that the stage has executed, while its session lasts."""
+    ended: _builtins.bool
+    """The stage has done its part and committed to it."""
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckSessionResponse: _TypeAlias = CheckSessionResponse  # noqa: Y015
+
+@_typing.final
+class GetStageHistoryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    SIDE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.bytes
+    stage: _builtins.int
+    """The stage that is taken over."""
+    side: Global___HistorySide.ValueType
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.bytes = ...,
+        stage: _builtins.int = ...,
+        side: Global___HistorySide.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "side", b"side", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStageHistoryRequest: _TypeAlias = GetStageHistoryRequest  # noqa: Y015
+
+@_typing.final
+class GetStageHistoryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def frame(self) -> Global___StepFrame:
+        """As it went to the stage that takes it in: the one taken over, or the one behind it."""
+
+    def __init__(
+        self,
+        *,
+        frame: Global___StepFrame | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStageHistoryResponse: _TypeAlias = GetStageHistoryResponse  # noqa: Y015
+
+@_typing.final
 class OpenSessionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    REPLACEMENTS_FIELD_NUMBER: _builtins.int
     cache_bytes: _builtins.int
     """Bytes of KV cache set aside for the session."""
+    @_builtins.property
+    def replacements(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageReplacement]:
+        """Replacements on the route that the node goes by, for a requester that has lost count."""
+
     def __init__(
         self,
         *,
         cache_bytes: _builtins.int = ...,
+        replacements: _abc.Iterable[Global___StageReplacement] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "replacements", b"replacements"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

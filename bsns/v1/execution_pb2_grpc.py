@@ -61,6 +61,21 @@ class ShardExecutionStub:
                 request_serializer=bsns_dot_v1_dot_execution__pb2.GetStageEvidenceRequest.SerializeToString,
                 response_deserializer=bsns_dot_v1_dot_execution__pb2.GetStageEvidenceResponse.FromString,
                 _registered_method=True)
+        self.ReplaceStage = channel.unary_unary(
+                '/bsns.v1.ShardExecution/ReplaceStage',
+                request_serializer=bsns_dot_v1_dot_execution__pb2.ReplaceStageRequest.SerializeToString,
+                response_deserializer=bsns_dot_v1_dot_execution__pb2.ReplaceStageResponse.FromString,
+                _registered_method=True)
+        self.CheckSession = channel.unary_unary(
+                '/bsns.v1.ShardExecution/CheckSession',
+                request_serializer=bsns_dot_v1_dot_execution__pb2.CheckSessionRequest.SerializeToString,
+                response_deserializer=bsns_dot_v1_dot_execution__pb2.CheckSessionResponse.FromString,
+                _registered_method=True)
+        self.GetStageHistory = channel.unary_stream(
+                '/bsns.v1.ShardExecution/GetStageHistory',
+                request_serializer=bsns_dot_v1_dot_execution__pb2.GetStageHistoryRequest.SerializeToString,
+                response_deserializer=bsns_dot_v1_dot_execution__pb2.GetStageHistoryResponse.FromString,
+                _registered_method=True)
         self.Probe = channel.unary_unary(
                 '/bsns.v1.ShardExecution/Probe',
                 request_serializer=bsns_dot_v1_dot_execution__pb2.ProbeRequest.SerializeToString,
@@ -109,6 +124,29 @@ class ShardExecutionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReplaceStage(self, request, context):
+        """The requester puts another replica of the plan in the place of the node of one stage, which stopped answering: told to every other stage of the
+        route. The witness of the replacement (see InferenceEscrow.replaceStages) signs for it, if it finds the node gone itself. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckSession(self, request, context):
+        """Whether the stage still has its session, for whoever waits for it. Reads nothing but memory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStageHistory(self, request, context):
+        """What went into a stage or came out of it, of the stage before or behind it, for the node that takes it over. That node proves itself in the
+        metadata as for Forward. Frames as they were handed over, each step whole and in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Probe(self, request, context):
         """Measures the link from a registered node, which proves itself in the metadata as for Forward. The answer is smaller than the question, and
         nobody can give it who has not received the whole payload.
@@ -144,6 +182,21 @@ def add_ShardExecutionServicer_to_server(servicer, server):
                     servicer.GetStageEvidence,
                     request_deserializer=bsns_dot_v1_dot_execution__pb2.GetStageEvidenceRequest.FromString,
                     response_serializer=bsns_dot_v1_dot_execution__pb2.GetStageEvidenceResponse.SerializeToString,
+            ),
+            'ReplaceStage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplaceStage,
+                    request_deserializer=bsns_dot_v1_dot_execution__pb2.ReplaceStageRequest.FromString,
+                    response_serializer=bsns_dot_v1_dot_execution__pb2.ReplaceStageResponse.SerializeToString,
+            ),
+            'CheckSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckSession,
+                    request_deserializer=bsns_dot_v1_dot_execution__pb2.CheckSessionRequest.FromString,
+                    response_serializer=bsns_dot_v1_dot_execution__pb2.CheckSessionResponse.SerializeToString,
+            ),
+            'GetStageHistory': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetStageHistory,
+                    request_deserializer=bsns_dot_v1_dot_execution__pb2.GetStageHistoryRequest.FromString,
+                    response_serializer=bsns_dot_v1_dot_execution__pb2.GetStageHistoryResponse.SerializeToString,
             ),
             'Probe': grpc.unary_unary_rpc_method_handler(
                     servicer.Probe,
@@ -288,6 +341,87 @@ class ShardExecution:
             '/bsns.v1.ShardExecution/GetStageEvidence',
             bsns_dot_v1_dot_execution__pb2.GetStageEvidenceRequest.SerializeToString,
             bsns_dot_v1_dot_execution__pb2.GetStageEvidenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplaceStage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bsns.v1.ShardExecution/ReplaceStage',
+            bsns_dot_v1_dot_execution__pb2.ReplaceStageRequest.SerializeToString,
+            bsns_dot_v1_dot_execution__pb2.ReplaceStageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bsns.v1.ShardExecution/CheckSession',
+            bsns_dot_v1_dot_execution__pb2.CheckSessionRequest.SerializeToString,
+            bsns_dot_v1_dot_execution__pb2.CheckSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStageHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/bsns.v1.ShardExecution/GetStageHistory',
+            bsns_dot_v1_dot_execution__pb2.GetStageHistoryRequest.SerializeToString,
+            bsns_dot_v1_dot_execution__pb2.GetStageHistoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,16 @@ class ShardExecutionStub:
     """End a session early (sent to stage 0, which passes the end on)."""
     GetStageEvidence: _grpc.UnaryStreamMultiCallable[_execution_pb2.GetStageEvidenceRequest, _execution_pb2.GetStageEvidenceResponse]
     """What a committee member needs to re-execute a stage, or the digests alone for the requester's record."""
+    ReplaceStage: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ReplaceStageRequest, _execution_pb2.ReplaceStageResponse]
+    """The requester puts another replica of the plan in the place of the node of one stage, which stopped answering: told to every other stage of the
+    route. The witness of the replacement (see InferenceEscrow.replaceStages) signs for it, if it finds the node gone itself. Idempotent.
+    """
+    CheckSession: _grpc.UnaryUnaryMultiCallable[_execution_pb2.CheckSessionRequest, _execution_pb2.CheckSessionResponse]
+    """Whether the stage still has its session, for whoever waits for it. Reads nothing but memory."""
+    GetStageHistory: _grpc.UnaryStreamMultiCallable[_execution_pb2.GetStageHistoryRequest, _execution_pb2.GetStageHistoryResponse]
+    """What went into a stage or came out of it, of the stage before or behind it, for the node that takes it over. That node proves itself in the
+    metadata as for Forward. Frames as they were handed over, each step whole and in order.
+    """
     Probe: _grpc.UnaryUnaryMultiCallable[_execution_pb2.ProbeRequest, _execution_pb2.ProbeResponse]
     """Measures the link from a registered node, which proves itself in the metadata as for Forward. The answer is smaller than the question, and
     nobody can give it who has not received the whole payload.
@@ -71,6 +81,16 @@ class ShardExecutionAsyncStub(ShardExecutionStub):
     """End a session early (sent to stage 0, which passes the end on)."""
     GetStageEvidence: _aio.UnaryStreamMultiCallable[_execution_pb2.GetStageEvidenceRequest, _execution_pb2.GetStageEvidenceResponse]  # type: ignore[assignment]
     """What a committee member needs to re-execute a stage, or the digests alone for the requester's record."""
+    ReplaceStage: _aio.UnaryUnaryMultiCallable[_execution_pb2.ReplaceStageRequest, _execution_pb2.ReplaceStageResponse]  # type: ignore[assignment]
+    """The requester puts another replica of the plan in the place of the node of one stage, which stopped answering: told to every other stage of the
+    route. The witness of the replacement (see InferenceEscrow.replaceStages) signs for it, if it finds the node gone itself. Idempotent.
+    """
+    CheckSession: _aio.UnaryUnaryMultiCallable[_execution_pb2.CheckSessionRequest, _execution_pb2.CheckSessionResponse]  # type: ignore[assignment]
+    """Whether the stage still has its session, for whoever waits for it. Reads nothing but memory."""
+    GetStageHistory: _aio.UnaryStreamMultiCallable[_execution_pb2.GetStageHistoryRequest, _execution_pb2.GetStageHistoryResponse]  # type: ignore[assignment]
+    """What went into a stage or came out of it, of the stage before or behind it, for the node that takes it over. That node proves itself in the
+    metadata as for Forward. Frames as they were handed over, each step whole and in order.
+    """
     Probe: _aio.UnaryUnaryMultiCallable[_execution_pb2.ProbeRequest, _execution_pb2.ProbeResponse]  # type: ignore[assignment]
     """Measures the link from a registered node, which proves itself in the metadata as for Forward. The answer is smaller than the question, and
     nobody can give it who has not received the whole payload.
@@ -122,6 +142,34 @@ class ShardExecutionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_execution_pb2.GetStageEvidenceResponse], _abc.AsyncIterator[_execution_pb2.GetStageEvidenceResponse]]:
         """What a committee member needs to re-execute a stage, or the digests alone for the requester's record."""
+
+    @_abc_1.abstractmethod
+    def ReplaceStage(
+        self,
+        request: _execution_pb2.ReplaceStageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_execution_pb2.ReplaceStageResponse, _abc.Awaitable[_execution_pb2.ReplaceStageResponse]]:
+        """The requester puts another replica of the plan in the place of the node of one stage, which stopped answering: told to every other stage of the
+        route. The witness of the replacement (see InferenceEscrow.replaceStages) signs for it, if it finds the node gone itself. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def CheckSession(
+        self,
+        request: _execution_pb2.CheckSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_execution_pb2.CheckSessionResponse, _abc.Awaitable[_execution_pb2.CheckSessionResponse]]:
+        """Whether the stage still has its session, for whoever waits for it. Reads nothing but memory."""
+
+    @_abc_1.abstractmethod
+    def GetStageHistory(
+        self,
+        request: _execution_pb2.GetStageHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_execution_pb2.GetStageHistoryResponse], _abc.AsyncIterator[_execution_pb2.GetStageHistoryResponse]]:
+        """What went into a stage or came out of it, of the stage before or behind it, for the node that takes it over. That node proves itself in the
+        metadata as for Forward. Frames as they were handed over, each step whole and in order.
+        """
 
     @_abc_1.abstractmethod
     def Probe(

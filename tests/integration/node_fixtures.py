@@ -187,17 +187,26 @@ class Network:
     async def publish_plan(
         self, stages: Sequence[tuple[str, int, int]], execution_class: str | None = None
     ) -> ShardPlan:
-        """A plan of one replica a stage: (name of the node, first unit, end unit); waits until it is in effect."""
+        """A plan of (name of the node, first unit, end unit), where equal ranges are replicas of one stage; waits until
+        it is in effect.
+        """
         if execution_class is None:
             execution_class = EXPORTED_CLASS if self.manifest.architecture == EXPORTED else EXECUTION_CLASS
         signers = [open_keystore(self.settings(name)).node_signer() for name, _, _ in stages]
+        ranges = [(first, end) for _, first, end in stages]
+        starts = list(dict.fromkeys(ranges))
         plan = ShardPlan(
             len(self.manifest.units),
             tuple(
                 Assignment(
-                    stage, 0, first, end, signers[stage].address, end - first, execution_class_id(execution_class)
+                    starts.index(units),
+                    number - ranges.index(units),
+                    *units,
+                    signers[number].address,
+                    units[1] - units[0],
+                    execution_class_id(execution_class),
                 )
-                for stage, (_, first, end) in enumerate(stages)
+                for number, units in enumerate(ranges)
             ),
         )
         epoch = await self.client.call("ShardAssignments", "nextEpoch", self.model_id, self.publisher.address)

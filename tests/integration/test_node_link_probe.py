@@ -108,7 +108,7 @@ class Swarm:
         key, chain = KeySigner(keccak256(name.encode())), cast(ChainView, self.registry)
         peers = PeerPool(
             self.settings, key, REGISTRY, chain,
-            on_response=lambda *_: None, on_reconnect=lambda _: None, on_failed=lambda *_: None,
+            on_response=lambda *_: None, on_reconnect=lambda _: None, on_lost=lambda *_: None,
             start=asyncio.ensure_future,
         )  # fmt: skip
         responder = ProbeResponder(self.settings, chain, clock=self.clock)
