@@ -38,7 +38,7 @@ from coordinator.coordination_service import NodeCoordinationServicer
 from coordinator.dispatch import NodePool, NodeStandings, PlanPublication, RequestRouting
 from coordinator.network_state import RequestState
 from coordinator.settings import CoordinatorSettings, SettingsError, load_deployment, load_key
-from coordinator.storage import Storage, StorageUnavailableError, migrate
+from coordinator.storage import AnotherWriterError, Storage, StorageUnavailableError, migrate
 from coordinator.transaction_outbox import TransactionOutbox
 from coordinator.verification_desk import VerificationRules, VerificationView, wanted_intents
 
@@ -163,6 +163,8 @@ class Coordinator:
 
     async def _outbox_loop(self) -> None:
         async def step() -> None:
+            # Two that send with one key would take each other's nonces.
+            await asyncio.to_thread(self._storage.require_writer)
             await self.outbox.step()
 
         await self._repeat("outbox_waits", step, self.outbox.wake)
@@ -286,6 +288,31 @@ def load_manifests(paths: tuple[Path, ...]) -> list[ModelManifest]:
     return manifests
 
 
+async def _take_writers_place(storage: Storage, settings: CoordinatorSettings) -> None:
+    """AnotherWriterError if it is taken; a standby waits for it instead."""
+    waits = False
+    while True:
+        try:
+            await asyncio.to_thread(storage.become_writer)
+        except AnotherWriterError:
+            if not settings.standby:
+                raise
+            if not waits:
+                _log.info("standing_by")
+            waits = True
+            await asyncio.sleep(settings.poll_seconds)
+            continue
+        except StorageUnavailableError as error:
+            if not settings.standby:
+                raise
+            _log.warning("standby_waits", error=str(error))
+            await asyncio.sleep(settings.chain_backoff_maximum_seconds)
+            continue
+        if waits:
+            _log.info("takes_over")
+        return
+
+
 @asynccontextmanager
 async def open_coordinator(settings: CoordinatorSettings) -> AsyncIterator[Coordinator]:
     """A coordinator from settings: key, deployment, migrated database the writer's place, a connected chain."""
@@ -298,7 +325,7 @@ async def open_coordinator(settings: CoordinatorSettings) -> AsyncIterator[Coord
     storage = Storage(settings.database_url, keep_blocks=4 * settings.maximum_reorganisation_depth)
     try:
         storage.require_current_schema()
-        storage.become_writer()
+        await _take_writers_place(storage, settings)
         async with await Web3ChainClient.connect(settings.rpc_url, deployment, settings.rpc_timeout_seconds) as chain:
             yield Coordinator(
                 settings, chain=chain, storage=storage, deployment=deployment, signer=signer, manifests=manifests

@@ -49,6 +49,9 @@ class CoordinatorSettings(BaseSettings):
     rpc_timeout_seconds: float = Field(default=10.0, gt=0)
     deployment: Path = Field(description="deployment file that names the contracts")
     database_url: str = Field(min_length=1, description="sqlite:///file or postgresql://user:password@host/name")
+    standby: bool = Field(
+        default=False, description="wait until the coordinator that writes to the database is gone, then take its place"
+    )
     migrate_on_start: bool = Field(default=True, description="bring the tables to this release before serving")
     listen: str = Field(default="127.0.0.1:0", description="host:port of the gRPC service; port 0 takes a free one")
     certificate_file: Path | None = Field(default=None, description="PEM certificate; required off loopback")

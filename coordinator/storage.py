@@ -395,6 +395,18 @@ class Storage:
                 raise AnotherWriterError(message) from error
             self._lock_file = lock
 
+    def require_writer(self) -> None:
+        """AnotherWriterError if the writer's place was lost with the connection that held it, and is taken."""
+        if self._writer is None:
+            return  # a file lock is held as long as the process lives
+        try:
+            with _translated():
+                self._writer.scalar(text("select 1"))
+        except StorageUnavailableError:
+            self._writer.close()
+            self._writer = None
+            self.become_writer()
+
     def bind(self, deployment: Deployment) -> None:
         """Tie the database to `deployment`, or check that it is tied to it; WrongDeploymentError otherwise."""
         document = encode_values(

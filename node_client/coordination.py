@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 import grpc
@@ -43,7 +43,7 @@ _MAXIMUM_MODELS: Final = 64
 
 
 class Coordination:
-    """One coordinator; runs until cancelled."""
+    """One coordinator at a time; runs until cancelled."""
 
     def __init__(
         self,
@@ -63,11 +63,14 @@ class Coordination:
         self._profiles: dict[bytes, RuntimeProfile] = {}
         self.attached = False
 
-    async def run(self, coordinator: str) -> None:
-        """Stay attached; reconnect with back-off, for ever."""
+    async def run(self, coordinators: Sequence[str]) -> None:
+        """Stay attached to one of `coordinators`, the next one where it goes away; with back-off, for ever."""
         backoff = self._settings.coordinator_backoff_seconds
+        turn = 0
         while True:
             started = time.monotonic()
+            coordinator = coordinators[turn % len(coordinators)]
+            turn += 1
             try:
                 await self._attach(coordinator)
                 reason = "the coordinator closed the stream"
@@ -78,7 +81,7 @@ class Coordination:
             self.attached = False
             if time.monotonic() - started > self._settings.coordinator_backoff_maximum_seconds:
                 backoff = self._settings.coordinator_backoff_seconds
-            log.warning("coordinator_detached", reason=reason, retry_seconds=backoff)
+            log.warning("coordinator_detached", coordinator=coordinator, reason=reason, retry_seconds=backoff)
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, self._settings.coordinator_backoff_maximum_seconds)
 
