@@ -78,7 +78,8 @@ async def run_devnet(folder: Path, nodes: int, model: str, console: Console) -> 
         folder,
         model_folder / "manifest.json",
         node_count=nodes,
-        stage_count=nodes,
+        stage_count=stages_of(nodes),
+        replicas=nodes // stages_of(nodes),
         progress=lambda line: console.print(line, highlight=False, soft_wrap=True),
     )
     async with devnet:
@@ -104,6 +105,11 @@ async def run_devnet(folder: Path, nodes: int, model: str, console: Console) -> 
                 )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), WATCH_INTERVAL_S)
+
+
+def stages_of(nodes: int) -> int:
+    """How many stages: with two replicas each where there are nodes enough, so that any one of them may die."""
+    return nodes // 2 if nodes >= 4 else nodes
 
 
 def stop_signal() -> asyncio.Event:
@@ -180,7 +186,8 @@ class Demo:
             model_folder / "manifest.json",
             node_count=settings.nodes,
             # On one machine whole copies of a small model would serve faster; this is to show a sharded one.
-            stage_count=settings.nodes,
+            stage_count=stages_of(settings.nodes),
+            replicas=settings.nodes // stages_of(settings.nodes),
             progress=self._say,
         )
 

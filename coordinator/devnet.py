@@ -106,8 +106,8 @@ def free_port() -> int:
 class Devnet:
     """The processes of one local network under `folder`. Use as an async context manager; leaving it stops everything.
 
-    `stage_count` is that of the plan (default: the planner's choice). `node_command` starts a node client; a test gives
-    another one to put a dishonest node into the network.
+    `stage_count` is that of the plan (default: the planner's choice), `replicas` the least nodes of a stage.
+    `node_command` starts a node client; a test gives another one to put a dishonest node into the network.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Devnet:
         *,
         node_count: int,
         stage_count: int | None = None,
+        replicas: int = 1,
         terms: Terms | None = None,
         fee_per_token: int = ETHER // 1_000_000,
         progress: Progress = lambda _line: None,
@@ -126,6 +127,7 @@ class Devnet:
         self.manifest = manifest
         self.node_count = node_count
         self.stage_count = stage_count
+        self.replicas = replicas
         self.terms = terms or Terms.for_devnet()
         self.fee_per_token = fee_per_token
         self.processes: list[ManagedProcess] = []
@@ -224,6 +226,7 @@ class Devnet:
             *("--manifest", str(self.manifest)),
             *("--fee-per-token", str(self.fee_per_token)),
             *("--minimum-nodes", str(self.node_count)),
+            *("--replicas", str(self.replicas)),
             *(("--stage-count", str(self.stage_count)) if self.stage_count is not None else ()),
         ]
         self._coordinator = await self._spawn("coordinator", command, wait_ready=True)
@@ -253,30 +256,26 @@ class Devnet:
         self._progress(f"coordinator at {self.coordinator.ready['endpoint']}")
         await self._start_nodes()
 
-    async def _start_nodes(self) -> None:
-        threads = max(1, (os.cpu_count() or 1) // 2)
-        commands = [
-            [
-                *self._node_command(index),
-                "join",
-                *("--rpc", self.rpc_url),
-                *("--deployment", str(self.deployment_file)),
-                *("--data-dir", str(self.folder / f"node-{index}")),
-                *("--operator-key-file", str(self.folder / "keys" / f"operator-{index}.key")),
-                *("--stake", STAKE_ETHER),
-                *("--listen", "127.0.0.1:0"),
-                *("--coordinator", str(self.coordinator.ready["endpoint"])),
-                # <cache>/models/<name>/<hash>/manifest.json: the nodes serve the model that is planned for.
-                *("--model-cache", str(self.manifest.resolve().parents[3])),
-                *("--threads", str(threads)),
-            ]
-            for index in range(self.node_count)
+    async def start_node(self, index: int) -> ManagedProcess:
+        """Start node client `index` (again, with the same keys and evidence, after it was killed)."""
+        command = [
+            *self._node_command(index),
+            "join",
+            *("--rpc", self.rpc_url),
+            *("--deployment", str(self.deployment_file)),
+            *("--data-dir", str(self.folder / f"node-{index}")),
+            *("--operator-key-file", str(self.folder / "keys" / f"operator-{index}.key")),
+            *("--stake", STAKE_ETHER),
+            *("--listen", "127.0.0.1:0"),
+            *("--coordinator", str(self.coordinator.ready["endpoint"])),
+            # <cache>/models/<name>/<hash>/manifest.json: the nodes serve the model that is planned for.
+            *("--model-cache", str(self.manifest.resolve().parents[3])),
+            *("--threads", str(max(1, (os.cpu_count() or 1) // 2))),
         ]
-        self.nodes = list(
-            await asyncio.gather(
-                *(self._spawn(f"node-{index}", command, wait_ready=True) for index, command in enumerate(commands))
-            )
-        )
+        return await self._spawn(f"node-{index}", command, wait_ready=True)
+
+    async def _start_nodes(self) -> None:
+        self.nodes = list(await asyncio.gather(*(self.start_node(index) for index in range(self.node_count))))
         for child in self.nodes:
             self._progress(f"{child.name}: key {child.ready['node']} staked, serves at {child.ready['endpoint']}")
 
