@@ -288,25 +288,19 @@ def load_manifests(paths: tuple[Path, ...]) -> list[ModelManifest]:
     return manifests
 
 
-async def _take_writers_place(storage: Storage, settings: CoordinatorSettings) -> None:
-    """AnotherWriterError if it is taken; a standby waits for it instead."""
+async def take_writers_place(storage: Storage, *, standby: bool, poll_seconds: float) -> None:
+    """AnotherWriterError if it is taken, StorageUnavailableError if the database is away; a standby waits for both."""
     waits = False
     while True:
         try:
             await asyncio.to_thread(storage.become_writer)
-        except AnotherWriterError:
-            if not settings.standby:
+        except (AnotherWriterError, StorageUnavailableError) as error:
+            if not standby:
                 raise
             if not waits:
-                _log.info("standing_by")
+                _log.info("standing_by", reason=str(error))
             waits = True
-            await asyncio.sleep(settings.poll_seconds)
-            continue
-        except StorageUnavailableError as error:
-            if not settings.standby:
-                raise
-            _log.warning("standby_waits", error=str(error))
-            await asyncio.sleep(settings.chain_backoff_maximum_seconds)
+            await asyncio.sleep(poll_seconds)
             continue
         if waits:
             _log.info("takes_over")
@@ -325,7 +319,7 @@ async def open_coordinator(settings: CoordinatorSettings) -> AsyncIterator[Coord
     storage = Storage(settings.database_url, keep_blocks=4 * settings.maximum_reorganisation_depth)
     try:
         storage.require_current_schema()
-        await _take_writers_place(storage, settings)
+        await take_writers_place(storage, standby=settings.standby, poll_seconds=settings.poll_seconds)
         async with await Web3ChainClient.connect(settings.rpc_url, deployment, settings.rpc_timeout_seconds) as chain:
             yield Coordinator(
                 settings, chain=chain, storage=storage, deployment=deployment, signer=signer, manifests=manifests

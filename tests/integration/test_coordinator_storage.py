@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import time
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from coordinator import storage as storage_module
 from coordinator.dispatch import PlanPolicy
 from coordinator.dispatch.plan_publication import planning_record
 from coordinator.network_state import DocumentState, NetworkState, fold
+from coordinator.service import take_writers_place
 from coordinator.storage import (
     AnotherWriterError,
     Intent,
@@ -363,6 +366,55 @@ def test_second_writer_is_refused_until_the_first_is_gone(database_url: str) -> 
             second.become_writer()
         first.close()
         second.become_writer()
+    finally:
+        first.close()
+        second.close()
+
+
+async def test_standby_waits_for_the_writers_place_and_takes_it(database_url: str) -> None:
+    first, second = Storage(database_url), Storage(database_url)
+    try:
+        first.become_writer()
+        with pytest.raises(AnotherWriterError):
+            await take_writers_place(second, standby=False, poll_seconds=0.01)
+        waiting = asyncio.ensure_future(take_writers_place(second, standby=True, poll_seconds=0.01))
+        done, _ = await asyncio.wait((waiting,), timeout=0.3)
+        assert not done, "the place is taken"
+        first.close()
+        await asyncio.wait_for(waiting, 20)
+        third = Storage(database_url)
+        with pytest.raises(AnotherWriterError):
+            third.become_writer()
+        third.close()
+    finally:
+        first.close()
+        second.close()
+
+
+def test_writer_that_lost_its_place_with_its_connection_notices(database_url: str) -> None:
+    first, second = Storage(database_url), Storage(database_url)
+    try:
+        first.become_writer()
+        first.require_writer()
+        if first._writer is None:
+            return  # SQLite: a file lock, which no server can take away
+        backend = first._writer.scalar(text("select pg_backend_pid()"))
+        with second._engine.connect() as connection:
+            connection.execute(text("select pg_terminate_backend(:pid)"), {"pid": backend})
+        # Nobody was faster: the place is its own again.
+        first.require_writer()
+        backend = first._writer.scalar(text("select pg_backend_pid()"))
+        with second._engine.connect() as connection:
+            connection.execute(text("select pg_terminate_backend(:pid)"), {"pid": backend})
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                second.become_writer()
+                break
+            except AnotherWriterError:
+                assert time.monotonic() < deadline, "the server frees the lock of a connection that is gone"
+        with pytest.raises(AnotherWriterError):
+            first.require_writer()
     finally:
         first.close()
         second.close()
