@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -152,6 +153,7 @@ class ExecutionSession:
         self._failed: set[str] = set()
         # Times in a row that something was wrong and no stage was found to be lost.
         self._strikes = 0
+        self._slowest_probe_s = 0.0
         self._call: Any = None
         self._reading: asyncio.Future[Any] | None = None
         self._signer = signer
@@ -252,8 +254,8 @@ class ExecutionSession:
                         return
                     match response.WhichOneof("body"):
                         case "output":
-                            self._strikes = 0
                             for token in self._take_output(response.output):
+                                self._strikes = 0
                                 yield token
                         case "ended":
                             self._check_end(response.ended)
@@ -289,6 +291,10 @@ class ExecutionSession:
         lost = {stage: error for stage, (reason, error) in found.items() if stage in stages and reason in _OUT_OF_REACH}
         if lost:
             await self._replace(lost)
+        if 0 in lost:
+            # Which takes over from the prompt on, and is sent it by nobody else.
+            async for _ in self.stream():
+                pass
         return bool(lost)
 
     # -- the stream of stage 0
@@ -311,8 +317,8 @@ class ExecutionSession:
             self._call = None
 
     async def _receive(self) -> execution_pb2.ForwardResponse | None:
-        """The next message of stage 0; None if the session was closed and nothing comes. While it is silent the nodes
-        are looked after.
+        """The next message of stage 0; None if nothing comes any more (`finish_reason` says why). While it is silent
+        the nodes are looked after.
         """
         waited, silence = 0.0, self._limits.silence_s
         while True:
@@ -326,16 +332,19 @@ class ExecutionSession:
                 try:
                     response = reading.result()
                 except grpc.aio.AioRpcError as error:
-                    await self._stream_broke(self._refused(0, error))
+                    broken = self._refused(0, error)
+                else:
+                    if isinstance(response, execution_pb2.ForwardResponse):
+                        return response
+                    broken = SessionError("the stream ended without an end of session", 0)
+                if await self._goes_on_after(broken):
                     continue
-                if isinstance(response, execution_pb2.ForwardResponse):
-                    return response
-                await self._stream_broke(SessionError("the stream ended without an end of session", 0))
-                continue
+                return None
             waited += pause
-            silence *= 2
-            if self._standby is not None and (lost := await self._find_lost()):
+            # A node that is far away, or busy, gets longer each time.
+            if self._standby is not None and (lost := await self._find_lost(silence)):
                 raise _StagesLostError({stage: error for stage, (_, error) in lost.items()})
+            silence *= 2
             if waited < patience:
                 continue
             if self._closing:
@@ -349,15 +358,22 @@ class ExecutionSession:
             return self._limits.close_s
         return self._limits.next_token_s if self._received else self._limits.first_token_s
 
-    async def _stream_broke(self, error: SessionError) -> None:
-        """Stage 0 hung up: make the stream again if its session is still there."""
-        if self._standby is None:
+    async def _goes_on_after(self, error: SessionError) -> bool:
+        """Stage 0 hung up. Make the stream again if its session is still there; whether that may help. What came so
+        far stays: the nodes close what they did, and the chain charges that.
+        """
+        if self._standby is not None:
+            lost = await self._find_lost()
+            if lost:
+                raise _StagesLostError({stage: why for stage, (_, why) in lost.items()})
+            self._strikes += 1
+            if self._strikes <= MAXIMUM_STRIKES:
+                await self._send_input()
+                return True
+        if not self._received:
             raise error
-        lost = await self._find_lost()
-        if lost:
-            raise _StagesLostError({stage: why for stage, (_, why) in lost.items()})
-        self._strike(error)
-        await self._send_input()
+        self._finish_reason = "interrupted"
+        return False
 
     async def _look_into(self, rejected: execution_pb2.StepRejected) -> None:
         """A stage says that something is wrong, with it or behind it."""
@@ -381,18 +397,23 @@ class ExecutionSession:
 
     # -- nodes that are replaced
 
-    async def _find_lost(self) -> dict[int, tuple[str, SessionError]]:
-        """The stages whose nodes do not answer, or have no session any more; with the reason's name."""
+    async def _find_lost(self, patience_s: float = 0.0) -> dict[int, tuple[str, SessionError]]:
+        """The stages whose nodes do not answer within `patience_s` (more, if that is usual here), or have no session
+        any more; with the reason's name.
+        """
+        limit = max(patience_s, self._limits.probe_s, 4 * self._slowest_probe_s)
 
         async def probe(stage: int) -> tuple[str, SessionError] | None:
             stub = self._stubs[stage]
             if stub is None:
                 return "UNAVAILABLE", SessionError(f"node {self._route[stage].node} cannot be reached", stage)
             request = execution_pb2.CheckSessionRequest(request_id=self._entry.request_id, stage=stage)
+            began = time.monotonic()
             try:
-                await stub.CheckSession(request, timeout=self._limits.probe_s)
+                await stub.CheckSession(request, timeout=limit)
             except grpc.aio.AioRpcError as error:
                 return explain_refusal(error)[0], self._refused(stage, error)
+            self._slowest_probe_s = max(self._slowest_probe_s, time.monotonic() - began)
             return None
 
         found = await asyncio.gather(*(probe(stage) for stage in range(len(self._route))))

@@ -189,6 +189,11 @@ class SyntheticNode(execution_pb2_grpc.ShardExecutionServicer):
         self._swarm.shown[self._stage] = bytes(request.prompt)
         return execution_pb2.OpenSessionResponse(cache_bytes=1)
 
+    async def CheckSession(self, request: Any, context: Any) -> execution_pb2.CheckSessionResponse:
+        if request.request_id not in self._swarm.opened:
+            await refuse(context, "ERROR_REASON_UNKNOWN_SESSION", "there is no such session here")
+        return execution_pb2.CheckSessionResponse(steps=0)
+
     async def Forward(self, request_iterator: Any, context: Any) -> AsyncIterator[execution_pb2.ForwardResponse]:
         message = await anext(request_iterator)
         frame, wrong = message.frame, self._swarm.wrong
