@@ -8,9 +8,8 @@ bsns.chain.submitter, bsns.chain.patient_client and the coordinator's outbox.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -25,7 +24,7 @@ from eth_abi.registry import BaseEquals
 from eth_account import Account
 from eth_utils.abi import abi_to_signature, event_abi_to_log_topic, function_abi_to_4byte_selector
 from hexbytes import HexBytes
-from web3 import AsyncHTTPProvider, AsyncWeb3
+from web3 import AsyncWeb3
 from web3._utils.abi import build_strict_registry
 from web3._utils.events import get_event_data
 from web3.contract.utils import async_call_contract_function
@@ -51,6 +50,7 @@ from bsns.chain.errors import (
     UnknownBlockError,
     WrongChainError,
 )
+from bsns.chain.http_provider import OneSessionProvider
 from bsns.protocol.endpoints import masked_url
 
 if TYPE_CHECKING:
@@ -65,7 +65,6 @@ GAS_HEADROOM = 250_000
 PRIORITY_FEE_WEI = 10**9
 RECEIPT_POLL_S = 0.1
 DEPLOY_TIMEOUT_S = 60.0
-_CLOSE_TIMEOUT_S = 5.0
 MAXIMUM_LOG_RANGE = 2_000
 _UNKNOWN_BLOCK_CODE = -32_000
 # An endpoint that prunes its history may drop the very block that it has just resolved "latest" to.
@@ -206,12 +205,8 @@ class Web3ChainClient:
         return client
 
     async def close(self) -> None:
-        """Give the connections back, if the library does within a few seconds: a call that was cancelled while it
-        waited can leave a lock of its behind, and no process may hang for that.
-        """
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                await self._web3.provider.disconnect()
+        """Give the connections back."""
+        await self._web3.provider.disconnect()
 
     async def __aenter__(self) -> Web3ChainClient:
         return self
@@ -388,7 +383,7 @@ def decode_contract_error(data: bytes) -> ContractError:
 
 
 def _open(rpc_url: str, timeout_s: float) -> AsyncWeb3[Any]:
-    provider = AsyncHTTPProvider(
+    provider = OneSessionProvider(
         rpc_url,
         request_kwargs={"timeout": aiohttp.ClientTimeout(total=timeout_s)},
         exception_retry_configuration=None,  # who retries is decided by the caller, never around money

@@ -23,6 +23,7 @@ TYPES: dict[str, tuple[typed_data.Domain, str]] = {
     "PlanConsent": (typed_data.assignments_domain(31337, CONTRACT), typed_data.PLAN_CONSENT),
     "Measurements": (typed_data.assignments_domain(10, CONTRACT), typed_data.MEASUREMENTS),
     "SessionToken": (typed_data.escrow_domain(31337, CONTRACT), typed_data.SESSION_TOKEN),
+    "StageReplacement": (typed_data.escrow_domain(31337, CONTRACT), typed_data.STAGE_REPLACEMENT),
     "HandOver": (typed_data.verification_domain(31337, CONTRACT), typed_data.HAND_OVER),
     "EvidenceQuery": (typed_data.verification_domain(8453, CONTRACT), typed_data.EVIDENCE_QUERY),
 }
