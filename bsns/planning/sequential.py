@@ -22,6 +22,7 @@ from bsns.planning.exact_chain import ExactChain, Stages
 from bsns.planning.latency_search import LatencySearch
 from bsns.planning.order_search import OrderSearch
 from bsns.planning.problem import Objective, Partition, PlanningError, Problem, evaluate
+from bsns.planning.replica_search import ReplicaSearch, join_idle
 
 EXACT_WORK: Final = 20_000_000
 """Table cells up to which one pass of the exact dynamic programme is taken: below a second on one core."""
@@ -112,7 +113,8 @@ class _Run:
         if best is not None:
             best = self._spread(best)
         if problem.terms.spread_leftover and chain.nodes > problem.terms.replicas:
-            best = self._accept([best, *(self._replicated(count) for count in _STAGE_COUNTS)])
+            starts = [best, *(self._replicated(count) for count in _STAGE_COUNTS)]
+            best = self._accept([*starts, *self._searched(starts, lower)])
         if best is None and not self._exact:
             raise problem.infeasible()
         if best is not None and (self._value(best) == lower or not self._exact or self._late()):
@@ -170,26 +172,9 @@ class _Run:
         return None if best is None else best[1]
 
     def _spread(self, stages: Stages) -> Stages:
-        """Nodes without a stage join the slowest one that they can, fastest node first, if that makes no plan worse."""
-        terms = self._problem.terms
-        used = {node for _, _, nodes in stages for node in nodes}
-        left = [int(node) for node in np.argsort(self._chain.prefix[:, -1], kind="stable") if int(node) not in used]
-        if not terms.spread_leftover:
+        if not self._problem.terms.spread_leftover:
             return stages
-        value = self._value(stages)
-        for node in left:
-            if len(used) == terms.maximum_assignments or self._late():
-                break
-            planned = _evaluate(self._problem, stages, 0, "", "").stages
-            for number in sorted(range(len(stages)), key=lambda item: -planned[item].effective_ns)[:_TRIED]:
-                first, end, nodes = stages[number]
-                joined = [*stages[:number], (first, end, (*nodes, node)), *stages[number + 1 :]]
-                found = self._accept([joined])
-                if found is not None and self._value(found) <= value:
-                    stages, value = found, self._value(found)
-                    used.add(node)
-                    break
-        return stages
+        return join_idle(self._chain, stages, self._late)
 
     def _replicated(self, count: int) -> Stages | None:
         """`count` stages of equal work; each node joins the slowest stage it fits. None if a stage gets too few."""
@@ -217,14 +202,23 @@ class _Run:
                 members[number].append(node)
         return [(cuts[number], cuts[number + 1], tuple(members[number])) for number in range(count)]
 
+    def _searched(self, starts: Sequence[Stages | None], lower: int) -> list[Stages]:
+        """What the local search makes of the best two of `starts`; nothing where one of them is the optimum."""
+        valued = [(self._value(item), number, item) for number, item in enumerate(starts) if self._accept([item])]
+        valued.sort()
+        if not valued or valued[0][0] <= lower or self._late():
+            return []
+        search = ReplicaSearch(self._chain, seed=self._seed, tick=self._late)
+        return [search.improve(stages) for _, _, stages in valued[:_SEARCHED] if stages is not None]
+
     def _finish(self, stages: Stages, lower: int, bound: str, solver: str) -> Partition:
         if self._problem.objective is Objective.LATENCY:
             stages = self._spread(stages)
         return _evaluate(self._problem, stages, lower, bound, solver)
 
 
-_TRIED: Final = 4
-"""Stages that a node without one is offered to."""
+_SEARCHED: Final = 3
+"""Starts that the local search is given."""
 
 
 def _recursion(chain: Chain, weights: RecursionWeights) -> Stages | None:
