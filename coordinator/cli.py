@@ -28,7 +28,7 @@ from bsns.chain.deployment import Terms, deploy
 from bsns.chain.errors import ChainError, ContractError, InsufficientFundsError, TransactionFailedError
 from bsns.planning import Objective
 from bsns.planning.published import plan_of_record
-from bsns.protocol.identifiers import ProtocolError, model_id
+from bsns.protocol.identifiers import PlanId, ProtocolError, model_id
 from bsns.protocol.planning_record import PlanningRecord
 from coordinator import service
 from coordinator.demo import DEFAULT_MODEL, DemoSettings, run_demo, run_devnet
@@ -221,7 +221,10 @@ def plan(
                 record = planning_record(identity, usable, policy)
             else:
                 record = _stored_record(storage, measurements_hash)
-        partition = plan_of_record(record, model)
+            previous = None
+            if record.rebalancing is not None and (before := storage.plan(PlanId(record.rebalancing.previous_plan))):
+                previous = before.shard_plan
+        partition = plan_of_record(record, model, previous)
         computed = partition.to_shard_plan()
         content = {
             "root": "0x" + computed.root.hex(),

@@ -19,6 +19,7 @@ from bsns.chain.deployment import Deployment
 from bsns.chain.signer import KeySigner
 from bsns.planning import Objective
 from bsns.planning.measured import NEWCOMER_LINK
+from bsns.planning.rebalancing import MoveTerms
 from bsns.protocol.endpoints import is_loopback, masked_url, split_endpoint
 from bsns.protocol.measurements import BATCHED_SESSIONS
 from bsns.protocol.plan import MAXIMUM_ASSIGNMENTS, MAXIMUM_STAGES
@@ -87,6 +88,24 @@ class CoordinatorSettings(BaseSettings):
     refusal_pause_seconds: float = Field(default=60.0, ge=0)
     plan_failure_pause_seconds: float = Field(default=5.0, ge=0)
     replace_after_seconds: float = Field(default=30.0, ge=0, description="a stage without a live node: plan anew after")
+    rebalance_after_seconds: float = Field(
+        default=120.0, ge=0, description="a plan that serves is not judged again sooner after it took effect"
+    )
+    settle_seconds: float = Field(
+        default=20.0, ge=0, description="nodes must have come, gone or changed speed for so long to judge a plan again"
+    )
+    drift_basis_points: int = Field(
+        default=2_500, ge=0, description="a node's times have changed when off by more; hundredths of a per cent"
+    )
+    rebalance_horizon_seconds: int = Field(
+        default=600, gt=0, le=2**32 - 1, description="a change of plan must have paid its cost within this time"
+    )
+    load_bytes_per_second: int = Field(
+        default=50_000_000, gt=0, le=2**64 - 1, description="at which nodes load and check weights, for that cost"
+    )
+    minimum_gain_basis_points: int = Field(
+        default=500, ge=0, le=2**32 - 1, description="tokens that a change must bring; hundredths of a per cent"
+    )
 
     # Chain
     confirmation_depth: int = Field(default=0, ge=0, description="blocks below the head that are left alone")
@@ -178,6 +197,11 @@ class CoordinatorSettings(BaseSettings):
             batch=self.planned_batch,
             prior_latency_ns=self.prior_latency_nanoseconds,
             prior_bytes_per_second=self.prior_bytes_per_second,
+            moves=MoveTerms(
+                horizon_seconds=self.rebalance_horizon_seconds,
+                load_bytes_per_second=self.load_bytes_per_second,
+                minimum_gain_bps=self.minimum_gain_basis_points,
+            ),
         )
 
     @property
@@ -231,6 +255,9 @@ class CoordinatorSettings(BaseSettings):
             refusal_pause_seconds=self.refusal_pause_seconds,
             failure_pause_seconds=self.plan_failure_pause_seconds,
             replace_after_seconds=self.replace_after_seconds,
+            rebalance_after_seconds=self.rebalance_after_seconds,
+            settle_seconds=self.settle_seconds,
+            drift_bps=self.drift_basis_points,
         )
 
 

@@ -22,7 +22,8 @@ from bsns.audit.stakes import StakeLedger
 from bsns.audit.verification import MAXIMUM_PROBLEMS, Check
 from bsns.chain.errors import ChainUnavailableError
 from bsns.planning import Partition
-from bsns.planning.published import plan_of_record
+from bsns.planning.published import decision_of_record, plan_of_record
+from bsns.planning.rebalancing import Decision, Trigger
 from bsns.protocol.identifiers import ModelId, ProtocolError, address, keccak256, model_id
 from bsns.protocol.manifest import ManifestError, ModelManifest
 from bsns.protocol.merkle import MerkleTree
@@ -42,7 +43,8 @@ _MILLISECOND_NS: Final = 1_000_000
 
 @dataclass(frozen=True)
 class PlanAudit:
-    """What was found. `partition` is None where the plan could not be computed again.
+    """What was found. `partition` is None where the plan could not be computed again, `decision` where it was, and
+    replaced no other.
 
     `unrecorded` nodes were Active on chain when the plan was published and are not in its record. Times in Unix
     seconds; `oldest_measured_at` is None without a record.
@@ -57,6 +59,7 @@ class PlanAudit:
     assignments: tuple[Assignment, ...]
     checks: tuple[Check, ...]
     partition: Partition | None
+    decision: Decision | None
     oldest_measured_at: int | None
     unrecorded: tuple[str, ...]
 
@@ -78,6 +81,16 @@ class PlanAudit:
             "oldest_measured_at": self.oldest_measured_at,
             "checks": self.checks,
             "unrecorded_nodes": self.unrecorded,
+            "rebalancing": None
+            if self.decision is None
+            else {
+                "trigger": str(self.decision.trigger),
+                "change": str(self.decision.change),
+                "before_ns": self.decision.before_ns,
+                "gain": float(self.decision.gain),
+                "load_bytes": self.decision.load_bytes,
+                "moved_bytes": self.decision.moved_bytes,
+            },
             "computed": None
             if found is None
             else {
@@ -151,7 +164,7 @@ async def audit_plan(
     checks.append(check)
 
     unrecorded: tuple[str, ...] = ()
-    partition = None
+    partition, decision = None, None
     if record is not None:
         checks += _measurement_checks(record, deployment, block.timestamp)
         checks.append(_assigned_nodes(assignments, record))
@@ -160,7 +173,11 @@ async def audit_plan(
         unrecorded = tuple(node for node in active if node not in recorded)
     if record is not None and found_manifest is not None:
         try:
-            partition = plan_of_record(record, found_manifest)
+            previous = await _plan_before(client, deployment, published)
+            checks.append(_names_plan_before(record, previous))
+            partition = plan_of_record(record, found_manifest, previous[1] if previous else None)
+            if previous is not None:
+                decision = decision_of_record(record, found_manifest, previous[1])
             checks += _comparison(assignments, root, partition.to_shard_plan())
         except ProtocolError as error:
             checks.append(Check("recomputed plan", False, f"the record gives no plan: {error}"))
@@ -174,6 +191,7 @@ async def audit_plan(
         assignments=assignments,
         checks=tuple(checks),
         partition=partition,
+        decision=decision,
         oldest_measured_at=min((item.measurements.measured_at for item in record.measurements), default=None)
         if record is not None
         else None,
@@ -200,6 +218,30 @@ async def _event(client: ChainClient, deployment: Deployment, last: int, name: s
             "it is another chain or deployment, or there is no such plan"
         )
     return events[0]
+
+
+async def _plan_before(
+    client: ChainClient, deployment: Deployment, published: ChainEvent
+) -> tuple[bytes, ShardPlan] | None:
+    """The publisher's plan for the model before `published`, its id and its content; None if it is the first."""
+    same = {key: published.arguments[key] for key in ("modelId", "publisher")}
+    events = await client.events_between(
+        deployment.first_block,
+        published.block_number,
+        contract="ShardAssignments",
+        name="PlanPublished",
+        filters={"modelId": bytes(same["modelId"])},
+    )
+    earlier = [
+        item
+        for item in events
+        if position(item) < position(published) and all(item.arguments[key] == value for key, value in same.items())
+    ]
+    if not earlier:
+        return None
+    values = max(earlier, key=position).arguments
+    assignments = tuple(Assignment.from_tuple(tuple(item)) for item in values["assignments"])
+    return bytes(values["planId"]), ShardPlan(assignments[-1].end_unit, assignments)
 
 
 async def _announced(client: ChainClient, deployment: Deployment, last: int, document_hash: bytes) -> bytes | None:
@@ -303,6 +345,17 @@ def _assigned_nodes(assignments: Sequence[Assignment], record: PlanningRecord) -
     )
 
 
+def _names_plan_before(record: PlanningRecord, previous: tuple[bytes, ShardPlan] | None) -> Check:
+    """A publisher that could leave the plan in force out of its record could change plans without a reason."""
+    name = "plan before"
+    named = None if record.rebalancing is None else record.rebalancing.previous_plan
+    expected = None if previous is None else previous[0]
+    if named == expected:
+        return Check(name, True, "none" if expected is None else f"0x{expected.hex()}")
+    shown = ["none" if item is None else f"0x{item.hex()}" for item in (named, expected)]
+    return Check(name, False, f"the record names {shown[0]}, the publisher's plan before this one is {shown[1]}")
+
+
 def _comparison(assignments: tuple[Assignment, ...], root: bytes, computed: ShardPlan) -> Iterator[Check]:
     problems = []
     if len(assignments) != len(computed.assignments):
@@ -359,6 +412,8 @@ def _lines(audit: PlanAudit) -> Iterator[str]:
     found = audit.partition
     if found is not None:
         yield f"Solver       {found.solver}, objective {found.objective}"
+        if audit.decision is not None:
+            yield f"Replaced     {_reason(audit.decision)}"
         yield f"Value        {_milliseconds(found.value_ns)} a row, ratio {found.ratio:.4f}"
         yield f"             no plan is below {_milliseconds(found.lower_bound_ns)} ({found.bound})"
         for number, stage in enumerate(found.stages):
@@ -373,6 +428,16 @@ def _lines(audit: PlanAudit) -> Iterator[str]:
         yield f"Left out     {left_out} was Active on chain and is not in the planning record"
     for check in audit.checks:
         yield f"{'holds ' if check.ok else 'FAILED'}       {check.name}: {check.detail}"
+
+
+def _reason(decision: Decision) -> str:
+    why = {
+        Trigger.UNCOVERED: "a stage of the plan before had no node left",
+        Trigger.MEMBERSHIP: "nodes had come or gone",
+        Trigger.DRIFT: "nodes had other times than planned with",
+    }[decision.trigger]
+    gain = "" if decision.before_ns is None else f", {100 * float(decision.gain):+.1f} % rate"
+    return f"{why}: {decision.change}{gain}, {decision.moved_bytes} bytes of weights to load"
 
 
 def _milliseconds(nanoseconds: int) -> str:

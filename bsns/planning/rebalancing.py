@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Final
 
@@ -112,14 +112,13 @@ def drifted(
     return tuple(
         then.node
         for then in planned
-        if (now := current.get(then.node)) is not None and _differs(_row_ns(then, now), _row_ns(now, then), drift_bps)
+        if (now := current.get(then.node)) is not None and _differs(row_ns(then), row_ns(now), drift_bps)
     )
 
 
-def _row_ns(measurements: NodeMeasurements, other: NodeMeasurements) -> int:
-    """One row in each kind of unit that both have measured."""
-    kinds = {item.unit_kind for item in other.unit_timings}
-    return sum(item.decode_nanoseconds for item in measurements.unit_timings if item.unit_kind in kinds)
+def row_ns(measurements: NodeMeasurements) -> int:
+    """Nanoseconds of one row in one unit of each kind, together: the speed of a node as one number."""
+    return sum(item.decode_nanoseconds for item in measurements.unit_timings)
 
 
 def _differs(then: int, now: int, drift_bps: int) -> bool:
@@ -263,9 +262,7 @@ class _Rebalancing:
 
 
 def _with_replicas(problem: Problem, replicas: int) -> Problem:
-    from dataclasses import replace
-
-    return replace(problem, terms=replace(problem.terms, replicas=max(replicas, 1), stage_count=None))
+    return replace(problem, terms=replace(problem.terms, replicas=max(replicas, 1)))
 
 
 def _never() -> bool:

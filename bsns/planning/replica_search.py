@@ -93,7 +93,7 @@ class ReplicaSearch:
 
     def improve(self, stages: Stages, *, proposals: int = PROPOSALS, warmth: float = WARMTH) -> Stages:
         """Stages whose slowest is no slower than that of `stages`, as far as this search's transfers say: after
-        `proposals` moves at the most. A move may worsen the energy by the part `warmth` at first, by nothing at the end.
+        `proposals` moves at the most. A move may worsen the energy by the part `warmth` at first, not at the end.
         """
         if self._streams or self._nodes < 2:
             return stages

@@ -203,13 +203,13 @@ class _Run:
         return [(cuts[number], cuts[number + 1], tuple(members[number])) for number in range(count)]
 
     def _searched(self, starts: Sequence[Stages | None], lower: int) -> list[Stages]:
-        """What the local search makes of the best two of `starts`; nothing where one of them is the optimum."""
-        valued = [(self._value(item), number, item) for number, item in enumerate(starts) if self._accept([item])]
-        valued.sort()
-        if not valued or valued[0][0] <= lower or self._late():
+        """What the local search makes of the best of `starts`; nothing where one of them is the optimum."""
+        partitions = [found for item in starts if (found := self._accept([item])) is not None]
+        partitions.sort(key=self._value)
+        if not partitions or self._value(partitions[0]) <= lower or self._late():
             return []
         search = ReplicaSearch(self._chain, seed=self._seed, tick=self._late)
-        return [search.improve(stages) for _, _, stages in valued[:_SEARCHED] if stages is not None]
+        return [search.improve(stages) for stages in partitions[:_SEARCHED]]
 
     def _finish(self, stages: Stages, lower: int, bound: str, solver: str) -> Partition:
         if self._problem.objective is Objective.LATENCY:

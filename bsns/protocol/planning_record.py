@@ -8,7 +8,7 @@ equal bytes, and that `from_bytes` takes nothing that `to_bytes` would not have 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final
@@ -40,6 +40,7 @@ _RECORD_ABI: Final = [
     "uint32",
     "uint32",
     "(uint64,uint64)",
+    "(bytes32,uint32,uint64,uint32)",
     "(address,uint64,uint32)[]",
     "bytes",
     "bytes",
@@ -66,6 +67,26 @@ class SignedMeasurements:
         return self.measurements.is_signed(assignments, self.signature)
 
 
+@dataclass(frozen=True, slots=True)
+class RebalancingTerms:
+    """What was given besides where a plan replaces another one: `previous_plan`, its 32-byte plan id, and by what a
+    change was judged (bsns.planning.rebalancing.MoveTerms): seconds, bytes a second, hundredths of a per cent.
+    """
+
+    previous_plan: bytes
+    horizon_seconds: int
+    load_bytes_per_second: int
+    minimum_gain_bps: int
+
+    def __post_init__(self) -> None:
+        require_bytes32(self.previous_plan, "previous plan id")
+        if not any(self.previous_plan):
+            raise ProtocolError("the previous plan's id is zero: a first plan has no rebalancing terms")
+        _require(self.horizon_seconds, "horizon_seconds", 1, _MAXIMUM_UINT32)
+        _require(self.load_bytes_per_second, "load_bytes_per_second", 1, _MAXIMUM_UINT64)
+        _require(self.minimum_gain_bps, "minimum_gain_bps", 0, _MAXIMUM_UINT32)
+
+
 @dataclass(frozen=True)
 class PlanningRecord:
     """What one planning run was given. `measurements` are sorted by node address, each node once.
@@ -73,7 +94,7 @@ class PlanningRecord:
     `planner` and `planner_version` name the procedure, `objective` and `transfers` are the words of
     bsns.planning.problem. `stage_count` None leaves the number to the planner. `batch` is the number of sessions whose
     measured times were taken. A pair of nodes that measured no link has the prior: nanoseconds until the first byte,
-    then bytes a second. ProtocolError for anything out of range.
+    then bytes a second. `rebalancing` is None where no plan was in force. ProtocolError for anything out of range.
     """
 
     planner: str
@@ -91,6 +112,7 @@ class PlanningRecord:
     prior_latency_ns: int
     prior_bytes_per_second: int
     measurements: tuple[SignedMeasurements, ...]
+    rebalancing: RebalancingTerms | None = None
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.measurements, key=lambda item: bytes.fromhex(item.measurements.node[2:])))
@@ -146,6 +168,7 @@ class PlanningRecord:
                 self.seed,
                 self.batch,
                 (self.prior_latency_ns, self.prior_bytes_per_second),
+                (bytes(32), 0, 0, 0) if self.rebalancing is None else astuple(self.rebalancing),
                 [(item.node, item.measured_at, len(content)) for item, content in zip(nodes, contents, strict=True)],
                 b"".join(contents),
                 b"".join(item.signature for item in self.measurements),
@@ -170,7 +193,7 @@ class PlanningRecord:
             values: tuple[Any, ...] = decode(_RECORD_ABI, data)
         except (DecodingError, UnicodeDecodeError, OverflowError) as error:
             raise ProtocolError(f"not a planning record: {type(error).__name__}: {error}") from error
-        (planner, version), model, objective, terms, seed, batch, prior, nodes, contents, signatures = values
+        (planner, version), model, objective, terms, seed, batch, prior, moves, nodes, contents, signatures = values
         stage_count, replicas, spread_leftover, concurrent_sessions, session_tokens, transfers = terms
         record = cls(
             planner=planner,
@@ -187,6 +210,7 @@ class PlanningRecord:
             batch=batch,
             prior_latency_ns=prior[0],
             prior_bytes_per_second=prior[1],
+            rebalancing=RebalancingTerms(*moves) if any(moves[0]) else None,
             measurements=_signed_measurements(ModelId(model), nodes, contents, signatures),
         )
         if record.to_bytes() != data:

@@ -4,8 +4,10 @@ Owns the one offer in progress for one model. Promises that what is published is
 record stored under the hash that the plan carries, that record and manifest are announced on chain before the plan if
 they are small enough, and that every assigned node signed that very root. A node that refuses, stays silent, or whose
 measurements nothing can be planned with is left out for a while, each time for twice as long until a plan stands: no
-few nodes can keep the others from one. A plan is replaced only when a stage has had no live replica for longer than the
-limit. Nothing here survives a restart, and nothing needs to: without a published plan the offer is made again.
+few nodes can keep the others from one. A plan is replaced when a stage has had no live replica for longer than the
+limit; or, not too often, when nodes have come, gone or changed speed and the change is worth its cost
+(bsns.planning.rebalancing). Nothing here survives a restart, and nothing needs to: without a published plan the offer
+is made again.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ import structlog
 from bsns.chain.client import ChainClient
 from bsns.planning import Objective, Partition, PlanningError, Transfers
 from bsns.planning.measured import NEWCOMER_LINK, check_measurements
-from bsns.planning.published import PLANNER, PLANNER_VERSION, plan_of_record
+from bsns.planning.published import PLANNER, PLANNER_VERSION, decision_of_record, plan_of_record
+from bsns.planning.rebalancing import Change, Decision, MoveTerms, drifted, row_ns
 from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.identifiers import ModelId, ProtocolError, keccak256, model_id
 from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.model_graph import ModelGraph
 from bsns.protocol.plan import ShardPlan
-from bsns.protocol.planning_record import MAXIMUM_ANNOUNCED_BYTES, PlanningRecord, SignedMeasurements
+from bsns.protocol.planning_record import MAXIMUM_ANNOUNCED_BYTES, PlanningRecord, RebalancingTerms, SignedMeasurements
 from bsns.protocol.typed_data import PLAN_CONSENT, Domain, is_signed_by, signing_digest
 from bsns.v1 import common_pb2, coordination_pb2
 from coordinator.dispatch.node_pool import NodePool
@@ -37,6 +40,7 @@ from coordinator.transaction_outbox import TransactionOutbox, WorkerThread
 
 _FEE_BYTES: Final = 16
 _MAXIMUM_REFUSAL_SHOWN: Final = 200
+_DEFAULT_MOVES: Final = MoveTerms()
 _PUBLISHABLE: Final = (NodeStatus.PENDING, NodeStatus.ACTIVE)
 _log = structlog.get_logger(__name__)
 
@@ -45,7 +49,8 @@ _log = structlog.get_logger(__name__)
 class PlanPolicy:
     """What the operator decides. The first plan waits for `minimum_nodes`, a replacement for
     `replacement_minimum_nodes`. `batch` is how many sessions share a step in the measured times that are planned with;
-    the prior link stands for pairs of nodes that have not measured each other. The rest: bsns.planning.Terms.
+    the prior link stands for pairs of nodes that have not measured each other; `moves` says when a change of a plan is
+    worth it. The rest: bsns.planning.Terms.
     """
 
     fee_per_token: int
@@ -61,12 +66,14 @@ class PlanPolicy:
     batch: int = 1
     prior_latency_ns: int = NEWCOMER_LINK.latency_ns
     prior_bytes_per_second: int = NEWCOMER_LINK.bytes_per_second
+    moves: MoveTerms = _DEFAULT_MOVES
 
 
 @dataclass(frozen=True, slots=True)
 class PublicationLimits:
     """Seconds. `refusal_pause_seconds` is how long a node is left out at first, doubled each time up to
-    `maximum_pause_seconds`.
+    `maximum_pause_seconds`. A plan that serves is judged again at the earliest `rebalance_after_seconds` after it took
+    effect, when nodes have been away, new, or off by `drift_bps` for `settle_seconds`.
     """
 
     gather_seconds: float = 1.0
@@ -76,6 +83,9 @@ class PublicationLimits:
     maximum_pause_seconds: float = 3_600.0
     failure_pause_seconds: float = 5.0
     replace_after_seconds: float = 30.0
+    rebalance_after_seconds: float = 120.0
+    settle_seconds: float = 20.0
+    drift_bps: int = 2_500
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +96,17 @@ class _Absence:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Swarm:
+    """Nodes that could serve, with the time of a row on each: what a judgement of the plan in force was based on."""
+
+    rows: frozenset[tuple[str, int]]
+
+
 @dataclass(slots=True)
 class _Offer:
     plan: ShardPlan
+    is_repair: bool
     epoch: int
     record: PlanningRecord
     deadline: int
@@ -102,8 +120,11 @@ class _Offer:
         return {str(item.node) for item in self.plan.assignments}
 
 
-def planning_record(model: ModelId, measurements: Iterable[SignedMeasurements], policy: PlanPolicy) -> PlanningRecord:
+def planning_record(
+    model: ModelId, measurements: Iterable[SignedMeasurements], policy: PlanPolicy, previous: bytes | None = None
+) -> PlanningRecord:
     """What this release's planner is given for `policy`: every node considered, also one that will get nothing.
+    `previous` is the id of the plan in force.
 
     ProtocolError if there are no measurements, or too many to record.
     """
@@ -123,6 +144,11 @@ def planning_record(model: ModelId, measurements: Iterable[SignedMeasurements], 
         prior_latency_ns=policy.prior_latency_ns,
         prior_bytes_per_second=policy.prior_bytes_per_second,
         measurements=tuple(measurements),
+        rebalancing=None
+        if previous is None
+        else RebalancingTerms(
+            previous, policy.moves.horizon_seconds, policy.moves.load_bytes_per_second, policy.moves.minimum_gain_bps
+        ),
     )
 
 
@@ -176,6 +202,8 @@ class PlanPublication:
         self._offer: _Offer | None = None
         self._left_out: dict[str, _Absence] = {}
         self._uncovered_since: float | None = None
+        self._different: tuple[_Swarm, float] | None = None
+        self._judged: tuple[bytes, _Swarm] | None = None
         self._not_before = 0.0
         self._publish_key: str | None = None
         self._manifest_is_out = False
@@ -195,12 +223,20 @@ class PlanPublication:
         if self._offer is not None:
             await self._continue_offer(self._offer)
             return
-        if current is not None and not await self._needs_replacement(current, now):
-            self.waits_for = None
-            self._left_out.clear()
+        if current is None:
+            if self._clock() >= self._not_before:
+                await self._make_offer(None, now, is_repair=True)
             return
-        if self._clock() >= self._not_before:
-            await self._make_offer(current, now)
+        serving = await self.serving_nodes(now)
+        if not self._is_covered(current, serving):
+            if self._clock() - (self._uncovered_since or 0.0) < self._limits.replace_after_seconds:
+                self._rest()
+            elif self._clock() >= self._not_before:
+                await self._make_offer(current, now, is_repair=True)
+        elif self._clock() >= self._not_before and await self._is_worth_judging(current, serving, now):
+            await self._make_offer(current, now, is_repair=False)
+        else:
+            self._rest()
 
     async def consent(self, node: str, message: coordination_pb2.PlanConsent) -> None:
         """A node's answer to the offer in progress; others are ignored. ProtocolError for a signature that is not its
@@ -288,17 +324,47 @@ class PlanPublication:
         self._publish_key = None
         return False
 
-    async def _needs_replacement(self, current: PlanState, now: int) -> bool:
-        serving = await self.serving_nodes(now)
+    def _rest(self) -> None:
+        self.waits_for = None
+        self._left_out.clear()
+
+    def _is_covered(self, current: PlanState, serving: set[str]) -> bool:
         stages = {item.stage for item in current.assignments}
         covered = {item.stage for item in current.assignments if item.node in serving}
         if stages == covered:
             self._uncovered_since = None
-            return False
+            return True
         if self._uncovered_since is None:
             self._uncovered_since = self._clock()
             _log.warning("stages_without_live_node", model=self._name, stages=sorted(stages - covered))
-        return self._clock() - self._uncovered_since >= self._limits.replace_after_seconds
+        return False
+
+    async def _is_worth_judging(self, current: PlanState, serving: set[str], now: int) -> bool:
+        """Whether the swarm is another one than the plan in force was made for, has stayed so for a while, and was not
+        judged yet. The plan stands for a while first: each change costs loads.
+        """
+        if now < current.effective_at + self._limits.rebalance_after_seconds:
+            return False
+        swarm, differs = await self._blocking(lambda: self._compared(current, serving))
+        if not differs or self._judged == (current.plan_id, swarm):
+            self._different = None
+            return False
+        if self._different is None or self._different[0] != swarm:
+            self._different = swarm, self._clock()
+        return self._clock() - self._different[1] >= self._limits.settle_seconds
+
+    def _compared(self, current: PlanState, serving: set[str]) -> tuple[_Swarm, bool]:
+        """The swarm as it is, and whether the plan's nodes were others or had other times."""
+        usable, _ = self._measured(serving)
+        measured = {item.measurements.node: item.measurements for item in usable}
+        swarm = _Swarm(frozenset((node, row_ns(item)) for node, item in measured.items()))
+        record = self._storage.planning_record(current.measurements_hash)
+        if record is None:
+            return swarm, {item.node for item in current.assignments} != set(measured)
+        planned = [item.measurements for item in record.measurements]
+        if {item.node for item in planned} != set(measured):
+            return swarm, True
+        return swarm, bool(drifted(planned, measured, self._limits.drift_bps))
 
     async def serving_nodes(self, now: int) -> set[str]:
         """Nodes that are attached, alive, Pending or Active on chain, and not suspect."""
@@ -311,7 +377,7 @@ class PlanPublication:
             and not self._standings.of(node).is_suspect
         }
 
-    async def _make_offer(self, current: PlanState | None, now: int) -> None:
+    async def _make_offer(self, current: PlanState | None, now: int, *, is_repair: bool) -> None:
         clock = self._clock()
         absent = {node for node, absence in self._left_out.items() if absence.until > clock}
         present = await self.serving_nodes(now) - absent
@@ -325,17 +391,23 @@ class PlanPublication:
         if self._pool.seconds_unchanged < self._limits.gather_seconds:
             self.waits_for = "the last nodes to join"
             return
+        if current is not None:
+            rows = frozenset((item.measurements.node, row_ns(item.measurements)) for item in usable)
+            self._judged = current.plan_id, _Swarm(rows)
         try:
-            record, partition, plan = await self._blocking(lambda: self._plan(usable))
+            record, partition, plan = await self._blocking(lambda: self._plan(usable, current))
         except ProtocolError as error:  # a PlanningError, or measurements too large to record
             self.waits_for = f"a possible plan: {error}"
             self._not_before = self._clock() + self._limits.failure_pause_seconds
             _log.warning("no_plan_possible", model=self._name, reason=str(error))
             return
+        if plan is None:
+            self._rest()
+            return
         epoch = int(await self._chain.call("ShardAssignments", "nextEpoch", self.model, self._outbox.sender))
         deadline = now + self._limits.consent_validity_seconds
         message = self._offer_message(plan, epoch, record.hash, deadline)
-        self._offer = _Offer(plan, epoch, record, deadline, self._clock(), message)
+        self._offer = _Offer(plan, is_repair, epoch, record, deadline, self._clock(), message)
         self.waits_for = "the nodes' consents"
         _log_offer(self._name, epoch, plan, partition)
         for node in sorted(self._offer.nodes):
@@ -351,6 +423,11 @@ class PlanPublication:
         failed = set(offer.refusals) | gone | (missing if silent else set())
         if not failed:
             return
+        if not offer.is_repair:
+            # The plan in force serves. Who cannot change now is not left out for it: the change is not made.
+            reasons = {node: offer.refusals.get(node, "no answer") for node in sorted(failed)}
+            _log.warning("plan_change_given_up", model=self._name, reasons=reasons)
+            failed = set()
         for node in failed:
             self._leave_out(node, offer.refusals.get(node, "detached" if node in gone else "no answer to the offer"))
         self._offer = None
@@ -366,10 +443,21 @@ class PlanPublication:
         known = self._storage.measurements(self.model)
         return plannable([known[node] for node in sorted(nodes & set(known))], self.manifest, self._policy)
 
-    def _plan(self, measurements: list[SignedMeasurements]) -> tuple[PlanningRecord, Partition, ShardPlan]:
-        """Takes seconds for hundreds of nodes: the record alone is megabytes of their links."""
-        record = planning_record(self.model, measurements, self._policy)
-        partition = plan_of_record(record, self.manifest)
+    def _plan(
+        self, measurements: list[SignedMeasurements], current: PlanState | None
+    ) -> tuple[PlanningRecord, Partition, ShardPlan | None]:
+        """Takes seconds for hundreds of nodes: the record alone is megabytes of their links. No plan where the one in
+        force is to stay.
+        """
+        record = planning_record(self.model, measurements, self._policy, None if current is None else current.plan_id)
+        if current is None:
+            partition = plan_of_record(record, self.manifest)
+        else:
+            decision = decision_of_record(record, self.manifest, current.shard_plan)
+            _log_decision(self._name, current.epoch, decision)
+            partition = decision.partition
+            if decision.change is Change.STAY:
+                return record, partition, None
         self._storage.keep_planning_record(record)
         return record, partition, partition.to_shard_plan()
 
@@ -422,6 +510,20 @@ class PlanPublication:
     @property
     def _name(self) -> str:
         return self.manifest.name
+
+
+def _log_decision(name: str, epoch: int, decision: Decision) -> None:
+    _log.info(
+        "plan_judged",
+        model=name,
+        epoch=epoch,
+        trigger=str(decision.trigger),
+        change=str(decision.change),
+        before_nanoseconds=decision.before_ns,
+        after_nanoseconds=decision.partition.value_ns,
+        load_bytes=decision.load_bytes,
+        moved_bytes=decision.moved_bytes,
+    )
 
 
 def _log_offer(name: str, epoch: int, plan: ShardPlan, partition: Partition) -> None:

@@ -23,7 +23,8 @@ from bsns.audit.plan import PlanAudit, audit_plan, show_plan
 from bsns.chain.errors import ContractError
 from bsns.chain.submitter import Submitter
 from bsns.cli import app
-from bsns.planning.published import plan_of_record
+from bsns.planning.published import decision_of_record, plan_of_record
+from bsns.planning.rebalancing import Change
 from bsns.protocol.identifiers import ZERO_HASH, address, keccak256, model_id, plan_id
 from bsns.protocol.measurements import LinkTiming, NodeMeasurements
 from bsns.protocol.plan import ShardPlan
@@ -313,6 +314,38 @@ async def test_plan_with_a_node_that_the_record_does_not_know_names_it() -> None
         assert stranger in detail
 
 
+async def test_plan_that_replaces_another_is_judged_with_it_and_says_why() -> None:
+    async with _publisher() as publisher:
+        first = publisher.record(publisher.nodes[:2])
+        await publisher.submit("announce", first.to_bytes())
+        before = await publisher.publish(_plan(first), first.hash)
+
+        def following(nodes: list[ScriptedNode], previous: bytes | None) -> PlanningRecord:
+            return planning_record(_MODEL, [publisher.measured(node) for node in nodes], _POLICY, previous)
+
+        async def published(record: PlanningRecord, plan: ShardPlan) -> PlanAudit:
+            await publisher.submit("announce", record.to_bytes())
+            return await publisher.audit(await publisher.publish(plan, record.hash))
+
+        grown = following(publisher.nodes, before)
+        decision = decision_of_record(grown, _MANIFEST, _plan(first))
+        assert decision.change is not Change.STAY
+        audit = await published(grown, decision.partition.to_shard_plan())
+        assert audit.holds, audit.checks
+        assert audit.decision == decision
+        assert "nodes had come or gone" in show_plan(audit)
+        assert audit.summary()["rebalancing"]["trigger"] == "membership"
+
+        # Nothing has changed since: no record justifies another plan.
+        audit = await published(following(publisher.nodes, audit.plan_id), _plan(first))
+        assert _first_difference(audit)[0] == "recomputed plan"
+        assert "should have stayed" in _first_difference(audit)[1]
+        # As if there had been no plan before, or another one than there was.
+        for named in (None, before):
+            audit = await published(following(publisher.nodes, named), _plan(publisher.record()))
+            assert _first_difference(audit)[0] == "plan before"
+
+
 async def test_plan_whose_documents_nobody_announced_fails_with_what_to_ask_for() -> None:
     async with _publisher(announced=()) as publisher:
         record = publisher.record()
@@ -338,9 +371,9 @@ async def test_plan_whose_hash_stands_for_something_else_fails_with_what_it_is()
             await publisher.submit("announce", document)
         plan = _plan(record)
         for hash_, check, said in (
+            (other.hash, "recomputed plan", "take the release that published the plan"),
             (keccak256(b"no record"), "planning record", "no planning record"),
             (keccak256(elsewhere), "planning record", "no planning record"),
-            (other.hash, "recomputed plan", "take the release that published the plan"),
         ):
             name, detail = _first_difference(await publisher.audit(await publisher.publish(plan, hash_)))
             assert name == check

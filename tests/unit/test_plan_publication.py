@@ -73,6 +73,7 @@ class _Situation:
         self.storage = Storage(url)
         self.outbox = _Outbox()
         self.now = 10.0
+        self.chain = SimulatedChain()
         self.is_blocking = False
         self.pool = NodePool(PoolLimits(), lambda: self.now)
         self.publication = PlanPublication(
@@ -88,7 +89,7 @@ class _Situation:
             clock=lambda: self.now,
             run_blocking=self.run_blocking,
         )
-        chain = SimulatedChain()
+        chain = self.chain
         registered = {
             "modelId": _MODEL,
             "registrant": _SENDER,
@@ -256,3 +257,125 @@ async def test_record_is_built_and_planned_beside_the_event_loop(
         monkeypatch.setattr(plan_publication, function.__name__, watched(function))
     await situation.publication.step(_NOW)
     assert seen == [("planning_record", True), ("plan_of_record", True)]
+
+
+# ------------------------------------------------------------------------------------------------------ rebalancing
+
+_LIMITS = PublicationLimits()
+
+
+class _Serving:
+    """A situation in which a plan over the first two nodes is in force, and the third comes to be known."""
+
+    def __init__(self, situation: _Situation) -> None:
+        self.situation = situation
+        self.publication = situation.publication
+
+    async def begin(self) -> None:
+        situation = self.situation
+        for attached in list(situation.pool.live().values()):
+            if attached.node == _KEYS[2].address:
+                situation.pool.detach(attached)
+        await self.publication.step(_NOW)
+        await situation.consent_of_all()
+        await self.publication.step(_NOW)
+        [publish] = situation.outbox.named("publishPlan")
+        model, epoch, fee, record_hash, assignments, *_ = publish.arguments
+        self.plan_id = bytes([epoch]) * 32
+        values = {
+            "planId": self.plan_id,
+            "modelId": model,
+            "publisher": _SENDER,
+            "epoch": epoch,
+            "root": bytes(32),
+            "measurementsHash": record_hash,
+            "feePerToken": fee,
+            "effectiveAt": _NOW,
+            "assignments": assignments,
+        }
+        situation.chain.mine([("ShardAssignments", "PlanPublished", values)])
+        content = situation.chain._chain[-1]
+        situation.storage.append_block(content.block, content.events)
+        await self.publication.step(_NOW)
+        assert self.publication._offer is None
+
+    async def pass_time(self, seconds: float, *, present: int) -> None:
+        """A step every five seconds, with the first nodes attached."""
+        situation = self.situation
+        for _ in range(int(seconds // 5)):
+            situation.now += 5
+            attached = situation.pool.live()
+            for key in _KEYS[:present]:
+                node = attached.get(key.address) or situation.pool.attach(key.address)
+                situation.pool.heartbeat(node, coordination_pb2.Heartbeat())
+            await self.publication.step(_NOW + int(situation.now - 10))
+
+
+@pytest.fixture
+async def serving(situation: _Situation) -> _Serving:
+    made = _Serving(situation)
+    await made.begin()
+    return made
+
+
+async def test_plan_that_serves_stays_while_nothing_changes(serving: _Serving) -> None:
+    await serving.pass_time(600, present=2)
+    assert serving.publication._offer is None
+    assert serving.publication.waits_for is None
+
+
+async def test_newcomer_is_taken_in_once_the_plan_stood_for_a_while(serving: _Serving) -> None:
+    await serving.pass_time(_LIMITS.rebalance_after_seconds - 5, present=3)
+    assert serving.publication._offer is None
+    with capture_logs() as logs:
+        await serving.pass_time(5 + _LIMITS.settle_seconds + 5, present=3)
+    offer = serving.publication._offer
+    assert offer is not None
+    assert _KEYS[2].address in offer.nodes
+    assert offer.record.rebalancing is not None
+    assert offer.record.rebalancing.previous_plan == serving.plan_id
+    [judged] = [line for line in logs if line["event"] == "plan_judged"]
+    assert judged["trigger"] == "membership"
+
+
+async def test_newcomer_that_goes_again_at_once_changes_nothing(serving: _Serving) -> None:
+    await serving.pass_time(300, present=2)
+    await serving.pass_time(_LIMITS.settle_seconds - 5, present=3)
+    await serving.pass_time(60, present=2)
+    assert serving.publication._offer is None
+
+
+async def test_swarm_that_was_judged_is_not_judged_again_until_it_changes(serving: _Serving) -> None:
+    # A node so slow that it is of no use.
+    timings = tuple(UnitTiming(kind, 10**13, 10**13, 10**13, 10**13) for kind in ("embedding", "block", "head"))
+    serving.situation.measure(_KEYS[2], at=2, unit_timings=timings)
+    with capture_logs() as logs:
+        await serving.pass_time(600, present=3)
+    assert [line["change"] for line in logs if line["event"] == "plan_judged"] == ["stay"]
+    assert serving.publication._offer is None
+    serving.situation.measure(_KEYS[2], at=3)  # it was busy, and is not any more
+    await serving.pass_time(60, present=3)
+    assert serving.publication._offer is not None
+
+
+async def test_node_that_became_slow_makes_the_plan_be_judged(serving: _Serving) -> None:
+    timings = tuple(UnitTiming(kind, 4 * 10**9, 10**9, 10**9, 10**9) for kind in ("embedding", "block", "head"))
+    serving.situation.measure(_KEYS[0], at=2, unit_timings=timings)
+    with capture_logs() as logs:
+        await serving.pass_time(300, present=2)
+    [judged] = [line for line in logs if line["event"] == "plan_judged"]
+    assert judged["trigger"] == "drift"
+
+
+async def test_change_that_a_node_refuses_is_given_up_and_nobody_left_out(serving: _Serving) -> None:
+    await serving.pass_time(160, present=3)
+    offer = serving.publication._offer
+    assert offer is not None
+    refusal = coordination_pb2.PlanConsent(model_id=_MODEL, epoch=1, refusal="no room beside its sessions")
+    await serving.publication.consent(sorted(offer.nodes)[0], refusal)
+    with capture_logs() as logs:
+        await serving.pass_time(300, present=3)
+    assert [line["event"] for line in logs if line["event"] in ("plan_change_given_up", "node_left_out")] == [
+        "plan_change_given_up"
+    ]
+    assert serving.publication._offer is None

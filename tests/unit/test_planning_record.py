@@ -14,11 +14,19 @@ from bsns.chain.signer import KeySigner
 from bsns.protocol import planning_record
 from bsns.protocol.identifiers import ModelId, ProtocolError, address, keccak256
 from bsns.protocol.measurements import LinkTiming, NodeMeasurements, UnitTiming
-from bsns.protocol.planning_record import MAXIMUM_RECORD_BYTES, PlanningRecord, SignedMeasurements
+from bsns.protocol.planning_record import MAXIMUM_RECORD_BYTES, PlanningRecord, RebalancingTerms, SignedMeasurements
 from bsns.protocol.typed_data import assignments_domain
 
 _MODEL = ModelId(bytes([7]) * 32)
 _DOMAIN = assignments_domain(31_337, address((5).to_bytes(20, "big")))
+_REBALANCING = RebalancingTerms(bytes([3]) * 32, 600, 50_000_000, 500)
+_OTHER_TERMS: list[dict[str, Any]] = [
+    {"previous_plan": bytes([4]) * 32},
+    {"horizon_seconds": 601},
+    {"load_bytes_per_second": 1},
+    {"minimum_gain_bps": 0},
+]
+_TERMS = st.integers(1, 2**32 - 1), st.integers(1, 2**64 - 1), st.integers(0, 2**32 - 1)
 
 
 def _measured(number: int, *, model: ModelId = _MODEL, kinds: int = 2) -> SignedMeasurements:
@@ -38,7 +46,7 @@ def _measured(number: int, *, model: ModelId = _MODEL, kinds: int = 2) -> Signed
 def _record(**changes: Any) -> PlanningRecord:
     values: dict[str, Any] = {
         "planner": "bsns.planning",
-        "planner_version": 1,
+        "planner_version": 2,
         "model": _MODEL,
         "objective": "throughput",
         "stage_count": None,
@@ -62,14 +70,27 @@ def _record(**changes: Any) -> PlanningRecord:
     replicas=st.integers(1, 2**16 - 1),
     spread=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
+    rebalancing=st.none() | st.builds(RebalancingTerms, st.binary(min_size=32, max_size=32).filter(any), *_TERMS),
     numbers=st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True),
     kinds=st.integers(1, 5),
 )
 def test_record_of_any_terms_and_order_of_nodes_has_one_encoding_that_parses_back(
-    stage_count: int | None, replicas: int, spread: bool, seed: int, numbers: list[int], kinds: int
+    stage_count: int | None,
+    replicas: int,
+    spread: bool,
+    seed: int,
+    rebalancing: RebalancingTerms | None,
+    numbers: list[int],
+    kinds: int,
 ) -> None:
     signed = tuple(_measured(number, kinds=kinds) for number in numbers)
-    values = {"stage_count": stage_count, "replicas": replicas, "spread_leftover": spread, "seed": seed}
+    values = {
+        "stage_count": stage_count,
+        "replicas": replicas,
+        "spread_leftover": spread,
+        "seed": seed,
+        "rebalancing": rebalancing,
+    }
     record = _record(measurements=signed, **values)
     turned = _record(measurements=signed[::-1], **values)
     assert (record, record.to_bytes()) == (turned, turned.to_bytes())
@@ -90,18 +111,20 @@ def test_record_encoding_is_the_one_in_the_documentation() -> None:
             "uint64",
             "uint32",
             "(uint64,uint64)",
+            "(bytes32,uint32,uint64,uint32)",
             "(address,uint64,uint32)[]",
             "bytes",
             "bytes",
         ],
         [
-            ("bsns.planning", 1),
+            ("bsns.planning", 2),
             _MODEL,
             "throughput",
             (0, 1, True, 4, 2_048, "relayed"),
             0,
             1,
             (25_000_000, 12_500_000),
+            (bytes(32), 0, 0, 0),
             [(signed.measurements.node, 1_001, len(content))],
             content,
             signed.signature,
@@ -112,7 +135,7 @@ def test_record_encoding_is_the_one_in_the_documentation() -> None:
 def test_record_of_another_term_has_another_hash() -> None:
     base = _record()
     changes: list[dict[str, Any]] = [
-        {"planner_version": 2},
+        {"planner_version": 3},
         {"objective": "latency"},
         {"stage_count": 2},
         {"replicas": 2},
@@ -124,6 +147,8 @@ def test_record_of_another_term_has_another_hash() -> None:
         {"batch": 8},
         {"prior_latency_ns": 1},
         {"prior_bytes_per_second": 1},
+        {"rebalancing": _REBALANCING},
+        *({"rebalancing": dataclasses.replace(_REBALANCING, **change)} for change in _OTHER_TERMS),
         {"measurements": base.measurements[:2]},
     ]
     hashes = {_record(**change).hash for change in changes} | {base.hash}
@@ -156,6 +181,21 @@ def test_record_out_of_range_is_refused_by_name(changes: dict[str, Any], named: 
         _record(**changes)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"previous_plan": bytes(32)}, "is zero"),
+        ({"previous_plan": b"short"}, "previous plan id"),
+        ({"horizon_seconds": 0}, "horizon_seconds"),
+        ({"load_bytes_per_second": 0}, "load_bytes_per_second"),
+        ({"minimum_gain_bps": -1}, "minimum_gain_bps"),
+    ],
+)
+def test_rebalancing_terms_out_of_range_are_refused_by_name(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ProtocolError, match=named):
+        dataclasses.replace(_REBALANCING, **change)
+
+
 def test_record_beyond_the_limits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning_record, "MAXIMUM_RECORDED_NODES", 2)
     with pytest.raises(ProtocolError, match="number of nodes"):
@@ -175,16 +215,17 @@ def test_from_bytes_of_anything_but_canonical_bytes_is_refused() -> None:
     def changed(index: int, value: Any) -> bytes:
         return encode(types, [*values[:index], value, *values[index + 1 :]])
 
-    longer = (*values[7][0][:2], values[7][0][2] - 32)
+    longer = (*values[8][0][:2], values[8][0][2] - 32)
     wrong = {
         "empty": b"",
         "cut short": data[:-32],
         "longer": data + bytes(32),
-        "nodes out of order": changed(7, values[7][::-1]),
-        "a content that is longer than it says": changed(7, (longer, *values[7][1:])),
-        "contents too long": changed(8, values[8] + bytes(32)),
-        "signatures too short": changed(9, values[9][:-1]),
-        "no nodes": encode(types, [*values[:7], [], b"", b""]),
+        "nodes out of order": changed(8, values[8][::-1]),
+        "a content that is longer than it says": changed(8, (longer, *values[8][1:])),
+        "contents too long": changed(9, values[9] + bytes(32)),
+        "signatures too short": changed(10, values[10][:-1]),
+        "no nodes": encode(types, [*values[:8], [], b"", b""]),
+        "terms of a change without a plan before": changed(7, (bytes(32), 600, 1, 1)),
         "text that is not UTF-8": data.replace(b"bsns.planning", b"\xff" * 13),
         "a dirty pad": data[:-1] + b"\1",
     }
@@ -206,9 +247,21 @@ def test_from_bytes_of_any_record_with_one_byte_changed_never_gives_the_same_rec
 
 
 def test_record_of_a_count_without_content_is_refused_without_much_memory() -> None:
-    values: list[Any] = [("p", 1), _MODEL, "o", (0, 1, True, 1, 1, "t"), 0, 1, (0, 1), [], b"", b""]
+    values: list[Any] = [
+        ("p", 1),
+        _MODEL,
+        "o",
+        (0, 1, True, 1, 1, "t"),
+        0,
+        1,
+        (0, 1),
+        (bytes(32), 0, 0, 0),
+        [],
+        b"",
+        b"",
+    ]
     data = bytearray(encode(planning_record._RECORD_ABI, values))
-    nodes_at = int.from_bytes(data[8 * 32 : 9 * 32], "big")  # the prior takes two words of the head
+    nodes_at = int.from_bytes(data[12 * 32 : 13 * 32], "big")  # prior and rebalancing take six words of the head
     data[nodes_at : nodes_at + 32] = (2**40).to_bytes(32, "big")
     with pytest.raises(ProtocolError):
         PlanningRecord.from_bytes(bytes(data))
