@@ -66,10 +66,17 @@ class Step(Generic[Result]):
 
 
 class ComputeThread:
-    """One thread. `maximum_batch` steps run together at the most."""
+    """One thread. `maximum_batch` steps run together at the most. `observe` is told in it how many seconds each batch
+    took that was of nothing but decode steps of one row, and of how many.
+    """
 
-    def __init__(self, maximum_batch: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._maximum_batch, self._clock = maximum_batch, clock
+    def __init__(
+        self,
+        maximum_batch: int,
+        clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[ShardExecutor, int, float], None] = lambda executor, sessions, seconds: None,
+    ) -> None:
+        self._maximum_batch, self._clock, self._observe = maximum_batch, clock, observe
         # What comes in; the thread sorts it into the two below, which are its own. None: look whether to stop.
         self._arrivals: queue.SimpleQueue[Step[Any] | Callable[[], None] | None] = queue.SimpleQueue()
         self._steps: deque[Step[Any]] = deque()
@@ -221,12 +228,15 @@ class ComputeThread:
             inputs.append(BatchStep(step.session, rows, step.position + step.done, step.logit_rows))
         self.batches[len(steps)] = self.batches.get(len(steps), 0) + 1
         try:
-            return pieces, list(executor.forward_batch(inputs))
+            outputs: list[Tensor | BaseException] = list(executor.forward_batch(inputs))
+            if all(step.rows == 1 for step in steps):
+                self._observe(executor, len(steps), self._clock() - now)
+            return pieces, outputs
         except BaseException as error:
             if len(steps) == 1:
                 return pieces, [error]
         # What broke the batch as a whole is found by running its steps one by one; none has been counted.
-        outputs: list[Tensor | BaseException] = []
+        outputs = []
         for item in inputs:
             try:
                 outputs += executor.forward_batch([item])

@@ -29,7 +29,8 @@ from bsns.runtime.profile import RuntimeProfile
 from bsns.v1 import common_pb2, coordination_pb2, coordination_pb2_grpc
 from node_client.chain_view import ChainView, SigningDomains
 from node_client.errors import Refusal
-from node_client.link_probe import LinkProber
+from node_client.link_probe import LinkProber, differ_materially
+from node_client.pace import scaled
 from node_client.peers import CHANNEL_OPTIONS
 from node_client.session_store import SessionStore
 from node_client.settings import NodeSettings
@@ -180,45 +181,64 @@ class Coordination:
 
     async def _report(self, outbox: asyncio.Queue[coordination_pb2.AttachRequest], models: list[ModelId]) -> None:
         """Measurements of each of `models` that is here, as soon as they are taken, with the links that are known by
-        then; all of them again when links have changed.
+        then; all of them again when links, and those of a model when the pace of its steps, have changed.
         """
         reported: tuple[LinkTiming, ...] | None = None
-        profiles: dict[ModelId, RuntimeProfile] = {}
+        paces: dict[ModelId, float] = {}
         for model in models:
             try:
-                profiles[model] = await self._profile(model)
+                await self._profile(model)
             except (Refusal, ExecutionError) as error:
                 log.info("model_not_measured", model=model.hex(), detail=str(error))
                 continue
+            paces[model] = self._runtime.pace.factor(model)
             links = self._links.links
-            await outbox.put(self._measurements(model, profiles[model], links))
+            await outbox.put(self._measurements(model, paces[model], links))
             reported = links if reported is None else reported
         while reported is not None:
             await asyncio.sleep(self._settings.link_report_seconds)
-            reported = await self._links.changed(reported)
-            for model, profile in profiles.items():
-                await outbox.put(self._measurements(model, profile, reported))
+            links = self._links.links
+            new_links = differ_materially(reported, links, self._settings.link_change_share)
+            for model, before in paces.items():
+                pace = await self._current_pace(model, before)
+                if new_links or pace != before:
+                    paces[model] = pace
+                    await outbox.put(self._measurements(model, pace, links))
+            reported = links if new_links else reported
+
+    async def _current_pace(self, model: ModelId, reported: float) -> float:
+        """How many times the measured times the steps of a model take now; `reported` while that is not far off."""
+        pace, share = self._runtime.pace, self._settings.pace_change_share
+        if abs(pace.factor(model) - 1.0) > share and pace.is_old(model):
+            # Without sessions nothing would ever say that the node is itself again.
+            self._profiles[model] = await self._runtime.measure(model, self._settings.profile_seconds)
+            return pace.factor(model)
+        factor = pace.factor(model)
+        if max(factor, reported) <= (1 + share) * min(factor, reported):
+            return reported
+        log.info("pace_changed", model=model.hex(), before=round(reported, 3), now=round(factor, 3))
+        return factor
 
     def _measurements(
-        self, model: ModelId, profile: RuntimeProfile, links: tuple[LinkTiming, ...]
+        self, model: ModelId, pace: float, links: tuple[LinkTiming, ...]
     ) -> coordination_pb2.AttachRequest:
+        profile = self._profiles[model]
         measurements = NodeMeasurements(
             model=model,
             node=self._signer.address,
             measured_at=int(self._clock()),
             execution_class=execution_class_id(profile.execution_class),
             memory_bytes=self._settings.weight_memory_bytes + self._settings.cache_memory_bytes,
-            unit_timings=profile.timings,
+            unit_timings=profile.timings if pace == 1.0 else scaled(profile.timings, pace),
             links=links,
         )
         signature = self._signer.sign_digest(measurements.signing_digest(self._domains.assignments))
         return coordination_pb2.AttachRequest(measurements=measurements.to_message(signature))
 
-    async def _profile(self, model: ModelId) -> RuntimeProfile:
-        """What this machine measured about a model; it is measured once a process."""
+    async def _profile(self, model: ModelId) -> None:
+        """Measure a model, once a process unless its pace asks for it."""
         if model not in self._profiles:
             self._profiles[model] = await self._runtime.measure(model, self._settings.profile_seconds)
-        return self._profiles[model]
 
     async def _answer(
         self, outbox: asyncio.Queue[coordination_pb2.AttachRequest], offer: coordination_pb2.PlanOffer

@@ -140,7 +140,6 @@ class LinkProber:
         self._settings, self._node, self._chain, self._peers, self._clock = settings, node, chain, peers, clock
         self._measured: dict[ChecksumAddress, tuple[LinkTiming, float]] = {}
         self._failures: dict[ChecksumAddress, _Failure] = {}
-        self._news = asyncio.Condition()
         # Peers on this machine: what a busy processor makes of their links says nothing about a network.
         self._here: set[ChecksumAddress] = set()
 
@@ -153,13 +152,6 @@ class LinkProber:
     def links(self) -> tuple[LinkTiming, ...]:
         """What is known now, by node."""
         return tuple(sorted(link for link, _ in self._measured.values()))
-
-    async def changed(self, known: tuple[LinkTiming, ...]) -> tuple[LinkTiming, ...]:
-        """The links, once they differ materially from `known`."""
-        share = self._settings.link_change_share
-        async with self._news:
-            await self._news.wait_for(lambda: differ_materially(known, self.links, share))
-            return self.links
 
     async def run(self) -> None:
         """Measure one link after the other, new ones first; until cancelled."""
@@ -213,8 +205,6 @@ class LinkProber:
                 round_trip_nanoseconds=link.round_trip_nanoseconds,
                 bytes_per_second=link.bytes_per_second,
             )
-        async with self._news:
-            self._news.notify_all()
 
     async def _time(self, node: ChecksumAddress) -> LinkTiming:
         found: list[tuple[int, int]] = []

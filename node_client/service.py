@@ -203,6 +203,8 @@ class NodeService:
             task = asyncio.get_running_loop().create_task(_logged(work))
             background.add(task)
             task.add_done_callback(background.discard)
+            # Cancelled before its first step, the task has not come to `work`, which must not be left unawaited.
+            task.add_done_callback(lambda _: work.close())
             return task
 
         sessions = SessionStore(settings, signer.address, domains, chain, runtime, evidence, guard, clock=clock)

@@ -146,7 +146,12 @@ class NodeSettings(BaseSettings):
     link_change_share: float = Field(
         default=0.25, gt=0, lt=1, description="a link that changed by more than this share is reported again"
     )
-    link_report_seconds: float = Field(default=10.0, gt=0, description="least time between two reports of links")
+    link_report_seconds: float = Field(
+        default=10.0, gt=0, description="least time between two reports of links and pace"
+    )
+    pace_change_share: float = Field(
+        default=0.25, gt=0, description="steps whose time is off by more than this share of what was reported are news"
+    )
     probe_bytes_a_minute: int = Field(default=128 * MIB, ge=0, description="probes answered, of all nodes together")
 
     # Chain

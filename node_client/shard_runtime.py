@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,7 @@ from bsns.runtime.weight_formats import ARITHMETICS
 from bsns.runtime.weight_store import WeightStore, WeightStoreError
 from node_client.compute_thread import ComputeThread
 from node_client.errors import ErrorReason, Refusal
+from node_client.pace import Pace
 from node_client.prompt_lookup import Drawn
 
 Rows = npt.NDArray[np.float32]
@@ -104,19 +106,26 @@ class ShardRuntime:
         maximum_batch: int = 64,
         executor_factory: ExecutorFactory = open_stage,
     ) -> None:
-        self.compute = ComputeThread(maximum_batch)
+        self.pace = Pace(time.monotonic)
+        self.compute = ComputeThread(maximum_batch, observe=self._observe)
         self._cache, self._threads, self._budget = cache, threads, weight_memory_bytes
         self._device, self._arithmetic = device, arithmetic
         self._factory = executor_factory
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bsns-weights")
         self._stores: dict[ModelId, WeightStore] = {}
         self._executors: OrderedDict[_ExecutorKey, ShardExecutor] = OrderedDict()
+        self._models: dict[int, ModelId] = {}
         self._in_use: dict[int, int] = {}
         self._loading = asyncio.Lock()
 
     def close(self) -> None:
         self.compute.stop()
         self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def _observe(self, executor: ShardExecutor, sessions: int, seconds: float) -> None:
+        model = self._models.get(id(executor))
+        if model is not None:
+            self.pace.observe(model, executor, sessions, seconds)
 
     def models(self) -> dict[ModelId, WeightStore]:
         """Every model of the cache folder by its id; folders that are not models are left out."""
@@ -184,6 +193,7 @@ class ShardRuntime:
                     )
                 except (WeightStoreError, ExecutionError) as error:
                     raise Refusal(ErrorReason.ERROR_REASON_WEIGHTS_UNAVAILABLE, str(error)) from error
+                self._models[id(self._executors[key])] = model
                 # The libraries and the model stay: to look through them for garbage would stop a step for 0.1 s.
                 gc.freeze()
             self._executors.move_to_end(key)
@@ -216,14 +226,18 @@ class ShardRuntime:
         )
 
     async def measure(self, model: ModelId, seconds: float) -> RuntimeProfile:
-        """Times each unit kind of a model; between sessions, never during a step."""
+        """Times each unit kind of a model; between sessions, never during a step. Steps are compared with it from now
+        on (`pace`).
+        """
         store = self.store(model)
         arithmetic = self._own_arithmetic(store.manifest)
-        return await self.compute.run(
+        profile = await self.compute.run(
             lambda: measure(
                 store, threads=self._threads, device=self._device, arithmetic=arithmetic, time_limit=seconds
             )
         )
+        self.pace.measured(model, profile.timings)
+        return profile
 
     async def step(
         self,

@@ -18,8 +18,8 @@ from bsns.planning.exact_chain import Stages
 from bsns.planning.problem import Partition, PlanningError, Problem, evaluate
 
 PROPOSALS: Final = 24_000
-_PROPOSALS_A_PART: Final = 600
-"""Moves tried for each node and each unit, up to `PROPOSALS`."""
+_PROPOSALS_A_PLACE: Final = 40
+"""Moves tried for each pair of a node and a unit, up to `PROPOSALS`."""
 WARMTH: Final = 0.3
 _DRAWS: Final = 4_096
 # Shares of the kinds of moves: a node moves, two are exchanged, a cut shifts; the rest splits and joins stages.
@@ -106,7 +106,7 @@ class ReplicaSearch:
         best = self._snapshot()
         energy = sum(self._powers)
         slowest = max(self._powers)
-        proposals = min(proposals, _PROPOSALS_A_PART * (self._nodes + self._units))
+        proposals = min(proposals, _PROPOSALS_A_PLACE * self._nodes * self._units)
         draws = self._random.random_sample((_DRAWS, 5))
         for number in range(proposals):
             place = number % _DRAWS

@@ -244,24 +244,6 @@ async def test_no_more_links_are_measured_than_the_limit(tmp_path: Path) -> None
         assert sum(bool(node.watched.sizes) for node in others) == 2
 
 
-async def test_changed_waits_for_a_material_change(tmp_path: Path) -> None:
-    async with swarm(tmp_path) as net:
-        prober = await net.start("prober")
-        waiting = asyncio.ensure_future(prober.prober.changed(()))
-        await net.start("peer")
-        net.run(prober)
-        async with asyncio.timeout(PATIENCE_S):
-            links = await waiting
-        assert links == prober.prober.links
-        assert len(links) == 1
-        again = asyncio.ensure_future(prober.prober.changed(links))
-        faster = LinkTiming(links[0].node, links[0].round_trip_nanoseconds, links[0].bytes_per_second * 2)
-        async with asyncio.timeout(PATIENCE_S):
-            assert await prober.prober.changed((faster,)) == links
-        assert not again.done()
-        again.cancel()
-
-
 @pytest.mark.parametrize(
     ("known", "now", "differ"),
     [
