@@ -107,6 +107,7 @@ class Devnet:
     """The processes of one local network under `folder`. Use as an async context manager; leaving it stops everything.
 
     `stage_count` is that of the plan (default: the planner's choice), `replicas` the least nodes of a stage.
+    `operators`: how many nodes there may be once later ones were started, too.
     `node_command` starts a node client; a test gives another one to put a dishonest node into the network.
     """
 
@@ -118,6 +119,7 @@ class Devnet:
         node_count: int,
         stage_count: int | None = None,
         replicas: int = 1,
+        operators: int = 0,
         terms: Terms | None = None,
         fee_per_token: int = ETHER // 1_000_000,
         progress: Progress = lambda _line: None,
@@ -128,6 +130,7 @@ class Devnet:
         self.node_count = node_count
         self.stage_count = stage_count
         self.replicas = replicas
+        self._operators = max(operators, node_count)
         self.terms = terms or Terms.for_devnet()
         self.fee_per_token = fee_per_token
         self.processes: list[ManagedProcess] = []
@@ -238,7 +241,7 @@ class Devnet:
         (self.folder / MARKER_FILE).touch()
         await self._start_anvil()
         deployer = self._new_key("coordinator")
-        others = [self._new_key(name) for name in ("requester", *(f"operator-{i}" for i in range(self.node_count)))]
+        others = [self._new_key(name) for name in ("requester", *(f"operator-{i}" for i in range(self._operators)))]
         async with aiohttp.ClientSession() as session:
             for signer in (deployer, *others):
                 await self._rpc(session, "anvil_setBalance", [signer.address, hex(ACCOUNT_WEI)])

@@ -19,7 +19,8 @@ from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainUnavailableError
 from bsns.protocol.contract_states import NodeStatus, Phase, RequestStatus
 from bsns.protocol.endpoints import split_endpoint
-from bsns.protocol.identifiers import address
+from bsns.protocol.identifiers import ModelId, address
+from bsns.protocol.plan import Assignment
 from bsns.protocol.typed_data import (
     Domain,
     assignments_domain,
@@ -170,6 +171,21 @@ class ChainView:
     async def plan_root(self, plan_id: bytes) -> bytes:
         """Merkle root over the assignments of a plan; 32 zero bytes if there is no such plan."""
         return bytes((await self._read("ShardAssignments", "planOf", plan_id)).root)
+
+    async def assignments_of(
+        self, node: ChecksumAddress, lookback_blocks: int
+    ) -> tuple[tuple[ModelId, Assignment], ...]:
+        """What `node` has in the newest plan of each publisher for each model, of those of the last blocks."""
+        head = await self.head(fresh=True)
+        first = max(self.deployment.first_block, head.number - lookback_blocks)
+        events = await self.client.events_between(first, head.number, contract="ShardAssignments", name="PlanPublished")
+        newest = {(event.arguments["modelId"], event.arguments["publisher"]): event for event in events}
+        return tuple(
+            (ModelId(bytes(model)), assignment)
+            for (model, _), event in newest.items()
+            for assignment in map(Assignment.from_tuple, map(tuple, event.arguments["assignments"]))
+            if assignment.node == node
+        )
 
     async def model(self, model_id: bytes) -> ModelView:
         raw = await self._read("ShardAssignments", "modelOf", model_id)

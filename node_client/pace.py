@@ -75,8 +75,8 @@ class Pace:
 
     def is_old(self, model: ModelId) -> bool:
         """Whether the newest steps say nothing about now: who wants to know must measure again."""
-        steps = self._steps.get(model, ())
-        return len(steps) >= STEPS_MINIMUM and self._clock() - steps[-1][0] > AGE_SECONDS
+        times = [at for at, _ in list(self._steps.get(model, ()))]
+        return len(times) >= STEPS_MINIMUM and self._clock() - times[-1] > AGE_SECONDS
 
 
 def scaled(timings: Iterable[UnitTiming], factor: float) -> tuple[UnitTiming, ...]:

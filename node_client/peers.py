@@ -118,6 +118,16 @@ def shard_execution(channel: grpc.aio.Channel) -> ShardExecutionAsyncStub:
     return execution_pb2_grpc.ShardExecutionStub(channel)
 
 
+async def _connected(channel: grpc.aio.Channel) -> None:
+    """Wait until the channel is connected. ConnectionError as soon as an attempt fails, where `channel_ready` would
+    wait for gRPC to try again: who is refused looks for another node, or up where this one is now.
+    """
+    while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+        if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+            raise ConnectionError("the node cannot be connected to")
+        await channel.wait_for_state_change(state)
+
+
 class PeerConnection:
     """One peer: messages that wait, a stream, a task that keeps it up. One message is written at a time, in the order
     given. All but `write_now` is for the event loop.
@@ -341,7 +351,7 @@ class PeerPool:
         channel = await self._dial(peer.node)
         try:
             async with asyncio.timeout(settings.peer_connect_seconds):
-                await channel.channel_ready()
+                await _connected(channel)
             call = shard_execution(channel).Forward(metadata=self.proof_metadata(peer.node))
             now_connected()
             writer = asyncio.create_task(peer.write_queued(call))

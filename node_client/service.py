@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 
 from bsns.chain.client import Web3ChainClient
 from bsns.chain.deployment import Deployment
-from bsns.chain.errors import InsufficientFundsError
+from bsns.chain.errors import ChainError, InsufficientFundsError
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
 from bsns.protocol.contract_states import NodeStatus
@@ -38,7 +38,7 @@ from bsns.v1 import execution_pb2, execution_pb2_grpc
 from node_client.chain_duties import ChainDuties
 from node_client.chain_view import ChainView, SigningDomains
 from node_client.coordination import Coordination
-from node_client.errors import KeystoreError, PortInUseError, SettingsError
+from node_client.errors import KeystoreError, PortInUseError, Refusal, SettingsError
 from node_client.evidence_store import EvidenceStore
 from node_client.grpc_service import ShardExecutionServicer
 from node_client.keystore import (
@@ -246,7 +246,13 @@ class NodeService:
             # Links are for planners: without a coordinator nobody asks for them.
             start(_restarted("link_prober", prober.run))
             coordination = Coordination(settings, signer, domains, chain, runtime, sessions, prober, clock=clock)
-            start(_restarted("coordination", lambda: coordination.run(coordinators)))
+
+            async def coordinate() -> None:
+                # Who is attached gets sessions: a node that comes back has its weights before it says that it is here.
+                await self._load_assigned(runtime, chain, signer.address)
+                await coordination.run(coordinators)
+
+            start(_restarted("coordination", coordinate))
         await checks.set("", health_pb2.HealthCheckResponse.SERVING)
         await checks.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         self.ready = Ready(signer.address, operator, endpoint)
@@ -260,6 +266,22 @@ class NodeService:
         while time.monotonic() < deadline and (sessions.active or duties.busy):  # noqa: ASYNC110 (two sources)
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
         log.info("stopped", unfinished_sessions=sessions.active)
+
+    async def _load_assigned(self, runtime: ShardRuntime, chain: ChainView, node: ChecksumAddress) -> None:
+        """Load the units that plans in force give this node; what cannot be loaded is for the sessions to say."""
+        try:
+            found = await chain.assignments_of(node, self.settings.chain_lookback_blocks)
+        except ChainError as error:
+            log.warning("weights_not_loaded", detail=str(error))
+            return
+        for model, item in found:
+            try:
+                executor = await runtime.executor(
+                    model, item.first_unit, item.end_unit, execution_class=item.execution_class
+                )
+                runtime.release(executor)
+            except Refusal as refusal:
+                log.warning("weights_not_loaded", model=model.hex(), detail=refusal.detail)
 
     async def _join(
         self,

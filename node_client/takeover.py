@@ -223,6 +223,9 @@ class StageTakeover:
             session.executed.append(ExecutedStep(item.position, item.rows, item.digest, rejected))
         taken: list[TakenOver] = []
 
+        def following(step: int) -> HandedOver | None:
+            return inputs[step + 1] if step + 1 < len(inputs) else None
+
         def take(rows: Rows) -> None:
             # In the compute thread, one step after the other.
             item = inputs[len(taken)]
@@ -234,7 +237,7 @@ class StageTakeover:
                     rows,
                     rows=item.rows,
                     position=item.position,
-                    take=lambda logits: session.take(logits, 0),
+                    take=lambda logits: self._drawn_again(session, item, following(len(taken)), logits),
                     encoding=encoding,
                 )
             taken.append(TakenOver(item, output))
@@ -247,6 +250,22 @@ class StageTakeover:
             session=cache,
         )
         return taken
+
+    @staticmethod
+    def _drawn_again(session: Session, item: HandedOver, following: HandedOver | None, logits: Rows) -> Drawn:
+        """What the former last stage drew and drafted, where nobody is left who took it in: the stage before has
+        executed the drafts as the rows of its next step, `following`, and a draft is looked up in the answer so far, as
+        long as the former node looked its drafts up there, too. Refusal if it did not.
+        """
+        drawn = session.take(logits, 0 if following is None else following.rows - 1)
+        if following is not None:
+            end = item.position + (len(drawn.tokens) if item.step else item.rows)
+            if (end, len(drawn.drafts)) != (following.position, following.rows - 1):
+                raise Refusal(
+                    ErrorReason.ERROR_REASON_EVIDENCE_UNAVAILABLE,
+                    f"what followed step {item.step} cannot be found out: the nodes that knew it are gone",
+                )
+        return drawn
 
     @staticmethod
     def _adopted(session: Session, item: HandedOver, output: HandedOver, rows: Rows) -> StepOutput:

@@ -60,6 +60,7 @@ FINISH_REASONS: Final = {
 
 MAXIMUM_STRIKES: Final = 5
 """Times in a row that something is wrong, and every node is there, before the session is given up."""
+_UNKNOWN_SESSION: Final = "ERROR_REASON_UNKNOWN_SESSION"
 _OUT_OF_REACH: Final = frozenset(
     {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN", "ERROR_REASON_PEER_UNAVAILABLE"}
 )
@@ -89,12 +90,13 @@ class _StagesLostError(Exception):
 
 
 class SessionError(Exception):
-    """A node refused, disappeared or did not keep to the protocol. `stage` says where; `invalid` that what came back
-    must not be used.
+    """A node refused, disappeared or did not keep to the protocol. `stage` says where, `reason` is the node's, if it
+    gave one; `invalid`: what came back must not be used.
     """
 
-    def __init__(self, message: str, stage: int, *, invalid: bool = False) -> None:
+    def __init__(self, message: str, stage: int, *, reason: str = "", invalid: bool = False) -> None:
         self.stage = stage
+        self.reason = reason
         self.invalid = invalid
         super().__init__(message)
 
@@ -382,7 +384,7 @@ class ExecutionSession:
         if self._standby is None or rejected.stage >= len(self._route):
             raise error
         lost = {stage: why for stage, (_, why) in (await self._find_lost()).items()}
-        if not lost and reason in _OUT_OF_REACH | {"ERROR_REASON_UNKNOWN_SESSION"}:
+        if not lost and reason in _OUT_OF_REACH | {_UNKNOWN_SESSION}:
             # It is there by now: its neighbour will reach it again. Not for ever, though.
             self._strike(error)
             return
@@ -453,8 +455,20 @@ class ExecutionSession:
     async def _replace_stage(
         self, stage: int, pending: Mapping[int, SessionError], standby: Standby, is_restart: bool
     ) -> None:
-        """Try the stage's other replicas one after the other."""
+        """Try the stage's other replicas one after the other; first the new one that is there, if it only was not asked
+        yet, or could not catch up for want of its neighbours.
+        """
         error = pending[stage]
+        is_new = any(
+            (item.assignment.stage, item.assignment.node) == (stage, self._route[stage].node)
+            for item in self._replacements
+        )
+        if is_new and error.reason == _UNKNOWN_SESSION and not is_restart:
+            self._strike(error)
+            behind_is_new = (stage + 1) % len(self._route) in pending
+            if await self._open_at(stage, behind_is_new=behind_is_new) is None:
+                self._on_progress(f"stage {stage}: node {self._route[stage].node} takes over again ({error})")
+                return
         while True:
             old = self._route[stage].node
             self._failed.add(old)
@@ -519,7 +533,9 @@ class ExecutionSession:
         outcomes = await asyncio.gather(*(self._tell(at, None) for at in others), return_exceptions=True)
         gone = {at: error for at, error in zip(others, outcomes) if isinstance(error, SessionError)}
         if gone:
-            raise _StagesLostError({**pending, **gone})
+            # The new node is not at fault: it has not been asked yet.
+            unopened = SessionError(str(pending[stage]), stage, reason=_UNKNOWN_SESSION)
+            raise _StagesLostError({**pending, stage: unopened, **gone})
         is_alone = is_restart or stages == 1
         refused = await self._open_at(
             stage, before_is_new=is_alone, behind_is_new=is_alone or (stage + 1) % stages in pending
@@ -760,7 +776,7 @@ class ExecutionSession:
 
     def _refused(self, stage: int, error: grpc.aio.AioRpcError) -> SessionError:
         reason, detail = explain_refusal(error)
-        return SessionError(f"{reason.removeprefix('ERROR_REASON_')}: {detail}", stage)
+        return SessionError(f"{reason.removeprefix('ERROR_REASON_')}: {detail}", stage, reason=reason)
 
 
 def replacement_message(item: StageReplacement) -> execution_pb2.StageReplacement:

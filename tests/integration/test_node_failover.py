@@ -38,6 +38,8 @@ pytestmark = [pytest.mark.chain, pytest.mark.slow]
 
 PROMPT = (1, 5, 9, 2, 7)
 LONG = SamplingParameters(temperature=1.5, seed=6, maximum_tokens=40)
+# Greedy answers of a small model repeat themselves, so that there are drafts.
+REPETITIVE = SamplingParameters(temperature=0.0, maximum_tokens=40)
 UNITS = ((0, 2), (2, 4), (4, 6))
 LIMITS = SessionLimits(5.0, 20.0, 30.0, 20.0, 5.0, 10.0, 0.3, 0.3)
 
@@ -172,7 +174,7 @@ async def test_stage_that_dies_in_mid_answer_is_taken_over_with_the_same_tokens(
         assert route[stage].node == spare.node
 
 
-async def undisturbed(network: Network, plan: Any) -> list[int]:
+async def undisturbed(network: Network, plan: Any, sampling: SamplingParameters = LONG) -> list[int]:
     """What the model answers to the same request in one process: drawn from its logits by the request's seed."""
     import torch
 
@@ -183,13 +185,13 @@ async def undisturbed(network: Network, plan: Any) -> list[int]:
     folder = next(network.cache.glob("models/*/*/manifest.json")).parent
     store = WeightStore(folder)
     executor = StageExecutor(store, 0, len(store.manifest.units))
-    cache = executor.new_session(len(PROMPT) + LONG.maximum_tokens)
+    cache = executor.new_session(len(PROMPT) + sampling.maximum_tokens)
     inputs, position, found = torch.tensor(PROMPT), 0, []
     while True:
         logits = executor.forward(cache, inputs, position=position)
         position += len(inputs)
-        found.append(draw(logits[-1].numpy(), LONG, len(found)))
-        if found[-1] in store.manifest.end_token_ids or len(found) == LONG.maximum_tokens:
+        found.append(draw(logits[-1].numpy(), sampling, len(found)))
+        if found[-1] in store.manifest.end_token_ids or len(found) == sampling.maximum_tokens:
             return found
         inputs = torch.tensor([found[-1]])
 
@@ -213,6 +215,32 @@ async def test_two_neighbouring_stages_that_die_at_once_are_taken_over(tmp_path:
         async with requester_session(network, opened, progress) as session:
             assert await tokens_while(session, gate, both) == expected
             assert len(progress) == 2, progress
+        await until_committed(network, opened)
+
+
+async def test_first_and_last_stage_that_die_at_once_are_taken_over_with_the_drafts_between_them(tmp_path: Path) -> None:
+    # Only the two of them had the tokens of a step whole: what was drafted shows in the rows of the stage between.
+    gate = Gate(20)
+    async with running_network(tmp_path) as network:
+        await started(network, "acde")
+        await started(network, ["b"], executor_factory=gate.executor)
+        plan = await network.publish_plan([("a", 0, 2), ("d", 0, 2), ("b", 2, 4), ("c", 4, 6), ("e", 4, 6)])
+        expected = await undisturbed(network, plan, REPETITIVE)
+        opened = await network.open_request(plan, PROMPT, REPETITIVE)
+        progress: list[str] = []
+        rows: list[int] = []
+
+        async def both() -> None:
+            sessions = network.services["b"].sessions
+            assert sessions is not None
+            rows.extend(item.rows for session in sessions.all() for item in session.executed[1:])
+            await stopped(network, "a")
+            await stopped(network, "c")
+
+        async with requester_session(network, opened, progress) as session:
+            assert await tokens_while(session, gate, both) == expected
+            assert len(progress) >= 2, progress
+        assert max(rows) > 1, "no draft was under way"
         await until_committed(network, opened)
 
 
