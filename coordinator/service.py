@@ -28,9 +28,11 @@ from bsns.chain.client import ChainClient, Web3ChainClient
 from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainUnavailableError, ContractError, UnknownBlockError
 from bsns.chain.signer import Signer
+from bsns.planning import Link
 from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import ModelId
 from bsns.protocol.manifest import ManifestError, ModelManifest
+from bsns.protocol.model_graph import ModelGraph
 from bsns.protocol.typed_data import assignments_domain, registry_domain
 from bsns.v1 import coordination_pb2, coordination_pb2_grpc
 from coordinator.chain_follower import ChainFollower
@@ -96,7 +98,14 @@ class Coordinator:
                 clock=time.monotonic,
             )
             self.publications[publication.model] = publication
-        self.routing = RequestRouting(storage, self.pool, self.outbox, self.standings)
+        self.routing = RequestRouting(
+            storage,
+            self.pool,
+            self.outbox,
+            self.standings,
+            {model: ModelGraph.of_manifest(item.manifest) for model, item in self.publications.items()},
+            prior=Link(settings.prior_latency_nanoseconds, settings.prior_bytes_per_second),
+        )
         self._servicer = NodeCoordinationServicer(
             storage=storage,
             pool=self.pool,

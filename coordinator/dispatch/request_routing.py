@@ -1,42 +1,40 @@
 """Which replica of each stage serves a request.
 
-Owns the choice: alive, Active on chain, not suspect, least loaded for its reputation, then the fastest, which planners
-put first. Promises one `route` intent a request, with proofs against the plan's root. A request of somebody else's
-plan, or of a fee below the plan's, is left alone and said so once. The choice itself is a pure function.
+Owns the choice: of the nodes that are alive, Active on chain and not suspect, those that make the shortest way around
+the ring by measured times and links, under the load of the moment (bsns.planning.routing). Promises one `route` intent
+a request, with proofs against the plan's root. A request of somebody else's plan, or of a fee below the plan's, is left
+alone and said so once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Final
 
 import structlog
 
+from bsns.planning.measured import NEWCOMER_LINK
+from bsns.planning.problem import Link
+from bsns.planning.routing import Availability, RouteTable
 from bsns.protocol.contract_states import NodeStatus, RequestStatus
+from bsns.protocol.identifiers import ModelId
+from bsns.protocol.model_graph import ModelGraph
 from bsns.protocol.plan import Assignment
-from coordinator.dispatch.node_pool import NodePool
+from coordinator.dispatch.node_pool import AttachedNode, NodePool
 from coordinator.dispatch.node_standing import NodeStandings
 from coordinator.network_state import NodeState, PlanState, RequestState
 from coordinator.storage import Intent, Storage
 from coordinator.transaction_outbox import TransactionOutbox, WorkerThread
 
+TABLE_SECONDS: Final = 10.0
+"""Age at which the times and links of a plan's nodes are read again."""
+TABLES_KEPT: Final = 16
 _REMEMBERED_COMPLAINTS: Final = 1_024
 _log = structlog.get_logger(__name__)
-
-
-def choose_route(plan: PlanState, able: Mapping[str, float], load: Mapping[str, int]) -> tuple[Assignment, ...] | None:
-    """One assignment a stage among the nodes of `able`, which gives the share of work of each: the one that would be
-    least loaded for its share, then the first replica, which is the fastest. None if a stage has nobody.
-    """
-    route = []
-    for stage in range(plan.shard_plan.stage_count):
-        candidates = [item for item in plan.shard_plan.replicas(stage) if able.get(item.node, 0.0) > 0]
-        if not candidates:
-            return None
-        route.append(min(candidates, key=lambda item: ((load.get(item.node, 0) + 1) / able[item.node], item.replica)))
-    return tuple(route)
 
 
 def node_load(requests: Iterable[RequestState]) -> Counter[str]:
@@ -55,8 +53,14 @@ class RequestRouting:
         pool: NodePool,
         outbox: TransactionOutbox,
         standings: NodeStandings,
+        graphs: Mapping[ModelId, ModelGraph],
+        *,
+        prior: Link = NEWCOMER_LINK,
+        clock: Callable[[], float] = time.monotonic,
         run_blocking: WorkerThread = asyncio.to_thread,
     ) -> None:
+        self._graphs, self._prior, self._clock = graphs, prior, clock
+        self._tables: dict[bytes, tuple[float, RouteTable]] = {}
         self._storage = storage
         self._pool = pool
         self._outbox = outbox
@@ -70,10 +74,12 @@ class RequestRouting:
         if not waiting:
             return
         accounts = await self._blocking(self._storage.nodes)
-        able = {
-            node: self._standings.of(node).weight for node in self._pool.live() if _is_active(accounts.get(node), now)
-        }
         load = node_load(requests)
+        able = {
+            node: _availability(attached, self._standings.of(node).weight, load[node])
+            for node, attached in self._pool.live().items()
+            if _is_active(accounts.get(node), now)
+        }
         for request in waiting:
             plan = await self._blocking(lambda: self._storage.plan(request.plan_id))  # noqa: B023 - awaited at once
             if plan is None or plan.publisher != self._outbox.sender:
@@ -82,13 +88,16 @@ class RequestRouting:
             if request.fee_per_token < plan.fee_per_token:
                 self._complain(request, f"its fee is {request.fee_per_token} a token, the plan's {plan.fee_per_token}")
                 continue
-            route = choose_route(plan, able, load)
-            if route is None:
+            tokens = request.prompt_tokens + request.maximum_tokens
+            nodes = (await self._table(plan)).best(able, tokens)
+            if nodes is None:
                 self._complain(
                     request, "a stage has no node that is attached, active and not suspect; it waits until its deadline"
                 )
                 continue
-            load.update(item.node for item in route)
+            route = _assignments(plan, nodes)
+            for node in set(nodes):
+                able[node] = replace(able[node], sessions=able[node].sessions + 1)
             arguments = (
                 request.request_id,
                 tuple(item.as_tuple() for item in route),
@@ -96,6 +105,23 @@ class RequestRouting:
             )
             key = f"route/0x{request.request_id.hex()}"
             await self._outbox.want(Intent(key, "InferenceEscrow", "route", arguments))
+
+    async def _table(self, plan: PlanState) -> RouteTable:
+        """The plan's replicas with their times and links, as of a few seconds ago."""
+        now = self._clock()
+        kept = self._tables.get(plan.plan_id)
+        if kept is None or now - kept[0] > TABLE_SECONDS:
+            table = await self._blocking(lambda: self._read_table(plan))
+            if len(self._tables) >= TABLES_KEPT:
+                self._tables.clear()
+            kept = self._tables[plan.plan_id] = now, table
+        return kept[1]
+
+    def _read_table(self, plan: PlanState) -> RouteTable:
+        serving = {item.node for item in plan.assignments}
+        known = self._storage.measurements(plan.model_id)
+        measured = {node: item.measurements for node, item in known.items() if node in serving}
+        return RouteTable.of(plan.shard_plan, self._graphs.get(plan.model_id), measured, prior=self._prior)
 
     def _complain(self, request: RequestState, reason: str) -> None:
         if (request.request_id, reason) not in self._complained:
@@ -105,3 +131,19 @@ class RequestRouting:
 
 def _is_active(account: NodeState | None, now: int) -> bool:
     return account is not None and account.status_at(now) == NodeStatus.ACTIVE
+
+
+def _availability(attached: AttachedNode, share: float, load: int) -> Availability:
+    """The load is what the chain says or the node, whichever is more: a request may not have come there yet, or be
+    somebody else's.
+    """
+    has_spoken = attached.last_heard > attached.attached_at
+    free = attached.free_cache_bytes if has_spoken else None
+    return Availability(share, max(load, attached.open_sessions), free)
+
+
+def _assignments(plan: PlanState, nodes: Iterable[str]) -> tuple[Assignment, ...]:
+    return tuple(
+        next(item for item in plan.assignments if (item.stage, item.node) == (stage, node))
+        for stage, node in enumerate(nodes)
+    )

@@ -218,7 +218,9 @@ async def test_two_neighbouring_stages_that_die_at_once_are_taken_over(tmp_path:
         await until_committed(network, opened)
 
 
-async def test_first_and_last_stage_that_die_at_once_are_taken_over_with_the_drafts_between_them(tmp_path: Path) -> None:
+async def test_both_ends_of_the_ring_that_die_at_once_are_taken_over_with_their_drafts(
+    tmp_path: Path,
+) -> None:
     # Only the two of them had the tokens of a step whole: what was drafted shows in the rows of the stage between.
     gate = Gate(20)
     async with running_network(tmp_path) as network:

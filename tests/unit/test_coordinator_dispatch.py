@@ -8,13 +8,14 @@ from collections import Counter
 
 import pytest
 
+from bsns.planning.routing import Availability, RouteTable
 from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ModelId, PlanId, RequestId, address
 from bsns.protocol.plan import Assignment
 from bsns.v1 import coordination_pb2
 from coordinator.dispatch import NodePool, PoolLimits
 from coordinator.dispatch.node_pool import PoolFullError
-from coordinator.dispatch.request_routing import choose_route, node_load
+from coordinator.dispatch.request_routing import node_load
 from coordinator.network_state import PlanState, RequestState, StageState
 
 _LIMITS = PoolLimits(attached_nodes=2, heartbeat_seconds=2, missed_heartbeats=3, queued_messages=2)
@@ -84,6 +85,11 @@ def test_node_that_does_not_read_is_given_up_when_its_queue_is_full() -> None:
     assert not pool.tell("a", message)
 
 
+def _table(plan: PlanState) -> RouteTable:
+    """Of nodes that have measured nothing."""
+    return RouteTable.of(plan.shard_plan, None, {})
+
+
 def test_route_takes_the_least_loaded_replica_and_of_equals_the_first() -> None:
     plan = _plan(3, 1)
     # The first replica has the highest address: planners put the fastest first.
@@ -94,27 +100,26 @@ def test_route_takes_the_least_loaded_replica_and_of_equals_the_first() -> None:
             dataclasses.replace(item, node=node) for item, node in zip(plan.assignments, turned, strict=True)
         ),
     )
-    able = {_node(number): 1.0 for number in (1, 2, 3, 4)}
+    table = _table(plan)
     for load, first in (
         ({}, 3),
         ({_node(3): 2, _node(2): 1, _node(1): 1}, 2),
         ({_node(3): 2, _node(2): 1}, 1),
     ):
-        route = choose_route(plan, able, load)
-        assert route is not None
-        assert [item.node for item in route] == [_node(first), _node(4)]
-    assert choose_route(plan, {**able, _node(4): 0.0}, {}) is None
-    del able[_node(4)]
-    assert choose_route(plan, able, {}) is None
+        now = {_node(number): Availability(1.0, load.get(_node(number), 0)) for number in (1, 2, 3, 4)}
+        assert table.best(now, 100) == (_node(first), _node(4))
+    assert table.best({**now, _node(4): Availability(0.0)}, 100) is None
+    del now[_node(4)]
+    assert table.best(now, 100) is None
 
 
 def test_route_gives_a_replica_work_in_proportion_to_its_share() -> None:
-    plan, load = _plan(2), Counter[str]()
-    able = {_node(1): 1.0, _node(2): 0.25}
+    table, load = _table(_plan(2)), Counter[str]()
+    shares = {_node(1): 1.0, _node(2): 0.25}
     for _ in range(50):
-        route = choose_route(plan, able, load)
+        route = table.best({node: Availability(share, load[node]) for node, share in shares.items()}, 100)
         assert route is not None
-        load[route[0].node] += 1
+        load[route[0]] += 1
     assert load == {_node(1): 40, _node(2): 10}
 
 
