@@ -106,6 +106,7 @@ async def run(progress: Callable[[str], None], *, quick: bool) -> list[Figure]:
         FOLDER,
         folder / "manifest.json",
         node_count=NODES,
+        stage_count=2,
         terms=terms(),
         node_command=lambda _index: (sys.executable, "-m", "node_client.cli"),
         operators=NODES + 1,

@@ -9,7 +9,7 @@ compute a route again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +26,7 @@ from bsns.protocol.plan import ShardPlan
 NO_ROOM_NS: Final = 10 * SECOND_NS
 """What a node without room for the session's cache counts more: only where nobody has room it is still asked."""
 _TOKEN_BYTES: Final = 4
+_LONG_QUANTILE: Final = 0.9
 _UNKNOWN_NS: Final = 1_000_000
 """A stage's step on a node that measured nothing, where no other replica did either."""
 
@@ -99,24 +100,25 @@ class RouteTable:
             stages.append(
                 tuple(Replica(item.node, *times.get(item.node, slowest), cache_bytes=cache) for item in replicas)
             )
-        links = planning_links(measurements.values(), prior=prior)
-
-        def hop(senders: Iterable[Replica], receivers: Sequence[Replica], size: int) -> list[list[float]]:
-            return [
-                [
-                    0.0
-                    if one.node == two.node
-                    else float((links.between(one.node, two.node) or prior).transfer_ns(size))
-                    for two in receivers
-                ]
-                for one in senders
-            ]
-
+        place = {node: at for at, node in enumerate(dict.fromkeys(item.node for stage in stages for item in stage))}
+        latency: Floats = np.full((len(place), len(place)), np.nan)
+        rate: Floats = np.full((len(place), len(place)), np.nan)
+        for (one, two), link in planning_links(measurements.values(), prior=None).measured.items():
+            if one in place and two in place:
+                latency[place[one], place[two]] = link.latency_ns
+                rate[place[one], place[two]] = link.bytes_per_second
+        np.fill_diagonal(latency, 0.0)
+        latency = with_estimates(latency, float(prior.latency_ns))
+        rates = rate[~np.isnan(rate)]
+        rate[np.isnan(rate)] = prior.bytes_per_second if rates.size == 0 else float(np.median(rates))
+        np.fill_diagonal(rate, np.inf)
         hops = []
         for number, senders in enumerate(stages):
             is_last = number == len(stages) - 1
             size = _TOKEN_BYTES if is_last or graph is None else _cut_bytes(graph, plan.replicas(number)[0].end_unit)
-            hops.append(np.array(hop(senders, stages[(number + 1) % len(stages)], size), dtype=np.float64))
+            receivers = stages[(number + 1) % len(stages)]
+            pairs = np.ix_([place[item.node] for item in senders], [place[item.node] for item in receivers])
+            hops.append(latency[pairs] + size * SECOND_NS / rate[pairs])
         return cls(tuple(stages), tuple(hops))
 
     def costs(self, now: Mapping[str, Availability], tokens: int) -> tuple[Floats, ...]:
@@ -176,6 +178,33 @@ def ring_cost(costs: Sequence[Floats], hops: Sequence[Floats], route: Sequence[i
     following = [*route[1:], route[0]]
     steps = sum(float(cost[at]) for cost, at in zip(costs, route, strict=True))
     return steps + sum(float(hop[one, two]) for hop, one, two in zip(hops, route, following, strict=True))
+
+
+def with_estimates(latency: Floats, prior: float) -> Floats:
+    """`latency` between all nodes, by sender and receiver, with an estimate where it is NaN: nobody has measured it.
+
+    The middle between what the ways over third nodes allow by the triangle's inequality, where these agree; else, or
+    without third nodes, a long one of those that were measured, so that it is not needed where another way is known;
+    `prior` where none was. A new node's links are measured within seconds.
+    """
+    unknown = np.isnan(latency)
+    if not unknown.any():
+        return latency
+    both = np.where(unknown, latency.T, latency)
+    away = ~np.eye(len(both), dtype=bool) & ~np.isnan(both)
+    long = float(np.quantile(both[away], _LONG_QUANTILE)) if away.any() else prior
+    found = both.copy()
+    far = np.where(np.isnan(both), np.inf, both)
+    near = np.where(np.isnan(both), -np.inf, both)
+    np.fill_diagonal(far, np.inf)
+    np.fill_diagonal(near, -np.inf)
+    for one, two in np.argwhere(np.isnan(both)).tolist():
+        most = float((far[one] + far[:, two]).min())
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(near[one] - near[:, two])
+        least = float(np.max(apart[np.isfinite(apart)], initial=0.0))
+        found[one, two] = (least + most) / 2 if least <= most < np.inf else long
+    return found
 
 
 def _cost(replica: Replica, now: Availability | None, tokens: int) -> float:
