@@ -1,7 +1,7 @@
 """A swarm that runs: a node becomes four times as slow, the plan follows, another node joins, the plan follows again.
 
-Real processes, real weights, paid requests in `STREAMS` streams one after another. The node is slowed by stopping its
-process three quarters of the time, which no part of it is told.
+Two stages of real processes and real weights, paid requests in `STREAMS` streams one after another. The node is slowed
+by stopping its process three quarters of the time, which no part of it is told.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ PROMPT: Final = "Write a short story about a lighthouse keeper."
 SLOWDOWN: Final = 4
 _RUNS_S: Final = 0.003
 WINDOW_S, QUICK_WINDOW_S = 45.0, 20.0
+REST_S: Final = 35.0
 CHANGE_S: Final = 240.0
 """A change that has not come by then does not come."""
 LIMITS: Final = RequestLimits(first_token_s=90.0, next_token_s=60.0, settlement_grace_s=2.0)
@@ -70,6 +71,7 @@ class Load:
                 self.answers.append(answer.token_ids)
             except RequesterError as error:
                 self.failures.append(str(error))
+                print(f"an answer failed: {error}", file=sys.stderr, flush=True)
 
     def rate(self, since: float, until: float) -> float:
         return sum(since <= at < until for at in self.arrivals) / (until - since)
@@ -142,8 +144,7 @@ class _Live:
         streams = [asyncio.ensure_future(self._load.stream()) for _ in range(STREAMS)]
         slowed: Slowed | None = None
         try:
-            await self._plans(await self._count())
-            await asyncio.sleep(10)  # the streams have begun
+            await self._rest()
             await self._measure("before")
             self._event(f"one node {SLOWDOWN} times slower")
             plans = await self._count()
@@ -152,14 +153,14 @@ class _Live:
             await self._plans(plans + 1)
             self._event("plan follows")
             await during
-            await asyncio.sleep(15)  # answers on the old plan have ended
+            await self._rest()  # answers on the old plan have ended, too
             await self._measure("slowed, new plan")
             plans = await self._count()
             await self._devnet.start_node(NODES)
             self._event("a node joins")
             await self._plans(plans + 1)
             self._event("plan follows")
-            await asyncio.sleep(15)
+            await self._rest()
             await self._measure("a node joined, new plan")
         finally:
             for stream in streams:
@@ -169,6 +170,15 @@ class _Live:
                 slowed.end()
         self._draw(began)
         return self._figures()
+
+    async def _rest(self) -> None:
+        """Until no plan has come for a while: the pace of nodes that begin to work is news, too."""
+        count = -1
+        for _ in range(int(CHANGE_S / REST_S)):
+            before, count = count, await self._count()
+            if count == before:
+                return
+            await asyncio.sleep(REST_S)
 
     async def _count(self) -> int:
         return len(await self._published())

@@ -106,6 +106,9 @@ class CoordinatorSettings(BaseSettings):
     minimum_gain_basis_points: int = Field(
         default=500, ge=0, le=2**32 - 1, description="tokens that a change must bring; hundredths of a per cent"
     )
+    minimum_drift_gain_basis_points: int = Field(
+        default=1_500, ge=0, le=2**32 - 1, description="the same where only measured times have changed"
+    )
 
     # Chain
     confirmation_depth: int = Field(default=0, ge=0, description="blocks below the head that are left alone")
@@ -201,6 +204,7 @@ class CoordinatorSettings(BaseSettings):
                 horizon_seconds=self.rebalance_horizon_seconds,
                 load_bytes_per_second=self.load_bytes_per_second,
                 minimum_gain_bps=self.minimum_gain_basis_points,
+                minimum_drift_gain_bps=self.minimum_drift_gain_basis_points,
             ),
         )
 

@@ -49,7 +49,9 @@ def decision_of_record(record: PlanningRecord, manifest: ModelManifest, previous
     terms = record.rebalancing
     if terms is None or previous is None:
         raise PlanningError("a decision about a plan needs the terms of rebalancing and the plan in force")
-    moves = MoveTerms(terms.horizon_seconds, terms.load_bytes_per_second, terms.minimum_gain_bps)
+    moves = MoveTerms(
+        terms.horizon_seconds, terms.load_bytes_per_second, terms.minimum_gain_bps, terms.minimum_drift_gain_bps
+    )
     return rebalance(previous, _problem(record, manifest), moves, seed=record.seed)
 
 

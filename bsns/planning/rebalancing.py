@@ -58,12 +58,14 @@ class Change(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class MoveTerms:
     """`horizon_seconds`: how long a change must serve to have been worth it. `load_bytes_per_second`: at which nodes
-    load and check weights. `minimum_gain_bps`: tokens that it must give beyond staying, in hundredths of a per cent.
+    load and check weights. `minimum_gain_bps`: tokens that it must give beyond staying, in hundredths of a per cent;
+    `minimum_drift_gain_bps` where nothing but measured times has changed, which are noisy.
     """
 
     horizon_seconds: int = 600
     load_bytes_per_second: int = 50_000_000
     minimum_gain_bps: int = 500
+    minimum_drift_gain_bps: int = 1_500
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,8 @@ class _Rebalancing:
         else:
             trigger = Trigger.DRIFT if self._everybody_is_there else Trigger.MEMBERSHIP
             staying = Fraction(horizon, max(stays.value_ns, 1))
-            least = staying * (_BASIS_POINTS + self._terms.minimum_gain_bps) / _BASIS_POINTS
+            drift = self._terms.minimum_drift_gain_bps if trigger is Trigger.DRIFT else 0
+            least = staying * (_BASIS_POINTS + max(self._terms.minimum_gain_bps, drift)) / _BASIS_POINTS
         # Of equal candidates the first, which changes least.
         best = max(candidates, key=lambda item: item.tokens, default=None)
         if best is not None and (stays is None or best.tokens >= least):

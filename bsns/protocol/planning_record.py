@@ -40,7 +40,7 @@ _RECORD_ABI: Final = [
     "uint32",
     "uint32",
     "(uint64,uint64)",
-    "(bytes32,uint32,uint64,uint32)",
+    "(bytes32,uint32,uint64,uint32,uint32)",
     "(address,uint64,uint32)[]",
     "bytes",
     "bytes",
@@ -70,13 +70,14 @@ class SignedMeasurements:
 @dataclass(frozen=True, slots=True)
 class RebalancingTerms:
     """What was given besides where a plan replaces another one: `previous_plan`, its 32-byte plan id, and by what a
-    change was judged (bsns.planning.rebalancing.MoveTerms): seconds, bytes a second, hundredths of a per cent.
+    change was judged (bsns.planning.rebalancing.MoveTerms): seconds, bytes a second, twice hundredths of a per cent.
     """
 
     previous_plan: bytes
     horizon_seconds: int
     load_bytes_per_second: int
     minimum_gain_bps: int
+    minimum_drift_gain_bps: int
 
     def __post_init__(self) -> None:
         require_bytes32(self.previous_plan, "previous plan id")
@@ -85,6 +86,7 @@ class RebalancingTerms:
         _require(self.horizon_seconds, "horizon_seconds", 1, _MAXIMUM_UINT32)
         _require(self.load_bytes_per_second, "load_bytes_per_second", 1, _MAXIMUM_UINT64)
         _require(self.minimum_gain_bps, "minimum_gain_bps", 0, _MAXIMUM_UINT32)
+        _require(self.minimum_drift_gain_bps, "minimum_drift_gain_bps", 0, _MAXIMUM_UINT32)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class PlanningRecord:
                 self.seed,
                 self.batch,
                 (self.prior_latency_ns, self.prior_bytes_per_second),
-                (bytes(32), 0, 0, 0) if self.rebalancing is None else astuple(self.rebalancing),
+                (bytes(32), 0, 0, 0, 0) if self.rebalancing is None else astuple(self.rebalancing),
                 [(item.node, item.measured_at, len(content)) for item, content in zip(nodes, contents, strict=True)],
                 b"".join(contents),
                 b"".join(item.signature for item in self.measurements),

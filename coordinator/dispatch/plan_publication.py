@@ -147,7 +147,11 @@ def planning_record(
         rebalancing=None
         if previous is None
         else RebalancingTerms(
-            previous, policy.moves.horizon_seconds, policy.moves.load_bytes_per_second, policy.moves.minimum_gain_bps
+            previous,
+            policy.moves.horizon_seconds,
+            policy.moves.load_bytes_per_second,
+            policy.moves.minimum_gain_bps,
+            policy.moves.minimum_drift_gain_bps,
         ),
     )
 

@@ -19,14 +19,16 @@ from bsns.protocol.typed_data import assignments_domain
 
 _MODEL = ModelId(bytes([7]) * 32)
 _DOMAIN = assignments_domain(31_337, address((5).to_bytes(20, "big")))
-_REBALANCING = RebalancingTerms(bytes([3]) * 32, 600, 50_000_000, 500)
+_REBALANCING = RebalancingTerms(bytes([3]) * 32, 600, 50_000_000, 500, 1_500)
 _OTHER_TERMS: list[dict[str, Any]] = [
     {"previous_plan": bytes([4]) * 32},
     {"horizon_seconds": 601},
     {"load_bytes_per_second": 1},
     {"minimum_gain_bps": 0},
+    {"minimum_drift_gain_bps": 0},
 ]
-_TERMS = st.integers(1, 2**32 - 1), st.integers(1, 2**64 - 1), st.integers(0, 2**32 - 1)
+_BASIS_POINTS = st.integers(0, 2**32 - 1)
+_TERMS = st.integers(1, 2**32 - 1), st.integers(1, 2**64 - 1), _BASIS_POINTS, _BASIS_POINTS
 
 
 def _measured(number: int, *, model: ModelId = _MODEL, kinds: int = 2) -> SignedMeasurements:
@@ -111,7 +113,7 @@ def test_record_encoding_is_the_one_in_the_documentation() -> None:
             "uint64",
             "uint32",
             "(uint64,uint64)",
-            "(bytes32,uint32,uint64,uint32)",
+            "(bytes32,uint32,uint64,uint32,uint32)",
             "(address,uint64,uint32)[]",
             "bytes",
             "bytes",
@@ -124,7 +126,7 @@ def test_record_encoding_is_the_one_in_the_documentation() -> None:
             0,
             1,
             (25_000_000, 12_500_000),
-            (bytes(32), 0, 0, 0),
+            (bytes(32), 0, 0, 0, 0),
             [(signed.measurements.node, 1_001, len(content))],
             content,
             signed.signature,
@@ -189,6 +191,7 @@ def test_record_out_of_range_is_refused_by_name(changes: dict[str, Any], named: 
         ({"horizon_seconds": 0}, "horizon_seconds"),
         ({"load_bytes_per_second": 0}, "load_bytes_per_second"),
         ({"minimum_gain_bps": -1}, "minimum_gain_bps"),
+        ({"minimum_drift_gain_bps": -1}, "minimum_drift_gain_bps"),
     ],
 )
 def test_rebalancing_terms_out_of_range_are_refused_by_name(change: dict[str, Any], named: str) -> None:
@@ -225,7 +228,7 @@ def test_from_bytes_of_anything_but_canonical_bytes_is_refused() -> None:
         "contents too long": changed(9, values[9] + bytes(32)),
         "signatures too short": changed(10, values[10][:-1]),
         "no nodes": encode(types, [*values[:8], [], b"", b""]),
-        "terms of a change without a plan before": changed(7, (bytes(32), 600, 1, 1)),
+        "terms of a change without a plan before": changed(7, (bytes(32), 600, 1, 1, 1)),
         "text that is not UTF-8": data.replace(b"bsns.planning", b"\xff" * 13),
         "a dirty pad": data[:-1] + b"\1",
     }
@@ -255,13 +258,13 @@ def test_record_of_a_count_without_content_is_refused_without_much_memory() -> N
         0,
         1,
         (0, 1),
-        (bytes(32), 0, 0, 0),
+        (bytes(32), 0, 0, 0, 0),
         [],
         b"",
         b"",
     ]
     data = bytearray(encode(planning_record._RECORD_ABI, values))
-    nodes_at = int.from_bytes(data[12 * 32 : 13 * 32], "big")  # prior and rebalancing take six words of the head
+    nodes_at = int.from_bytes(data[13 * 32 : 14 * 32], "big")  # prior and rebalancing take seven words of the head
     data[nodes_at : nodes_at + 32] = (2**40).to_bytes(32, "big")
     with pytest.raises(ProtocolError):
         PlanningRecord.from_bytes(bytes(data))
