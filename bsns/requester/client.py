@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ import structlog
 from bsns.chain import errors as chain_errors
 from bsns.chain.client import Receipt, Web3ChainClient
 from bsns.chain.deployment import Deployment
-from bsns.chain.errors import ChainError, ContractError
+from bsns.chain.errors import ChainError, ContractError, TransactionFailedError
 from bsns.chain.patient_client import PatientChainClient
 from bsns.chain.signer import Signer
 from bsns.chain.submitter import Submitter
@@ -83,6 +84,8 @@ if TYPE_CHECKING:
 logger = structlog.get_logger(__name__)
 
 MANIFEST_FILE: Final = "manifest.json"
+OPEN_ATTEMPTS: Final = 3
+"""Times that a request is paid for where a new plan takes effect between the quote and the payment."""
 Message = str | Sequence[Mapping[str, str]]
 """What a person says: one message of a user, or a whole conversation of role and content."""
 Prompt = Message | Sequence[int] | npt.NDArray[np.float32]
@@ -383,7 +386,41 @@ class Client:
         if sampling is None:
             sampling = SamplingParameters() if given.tokens else SamplingParameters(maximum_tokens=1)
         self._check_stop(stop)
-        quote = await self._quote(given, sampling.maximum_tokens, publisher)
+        entry, receipt = await self._open(given, sampling, stop, publisher, fee_wei, on_progress)
+        entry = self._save(entry.with_transaction("open", receipt.transaction_hash, stage="opened"))
+        logger.info(
+            "request opened", request_id=entry.request_id.hex(), fee_wei=entry.deposit, prompt_tokens=given.rows
+        )
+        return await self._carry_on(entry, on_token, on_progress, wait_for_settlement)
+
+    async def _open(
+        self,
+        given: RequestInput,
+        sampling: SamplingParameters,
+        stop: Sequence[str],
+        publisher: str | None,
+        fee_wei: int | None,
+        on_progress: OnProgress,
+    ) -> tuple[JournalEntry, Receipt]:
+        """Pay for a request, again where another plan takes effect between its quote and its payment."""
+        entry: JournalEntry | None = None
+        for attempt in itertools.count(1):
+            quote = await self._affordable(given, sampling.maximum_tokens, publisher, fee_wei)
+            entry = self._prepared(entry, quote, given, sampling, stop)
+            on_progress(f"request 0x{entry.request_id.hex()}: paying {quote.fee_wei} wei")
+            async with _chain_errors():
+                try:
+                    return entry, await self._pay(entry)
+                except (ContractError, TransactionFailedError) as error:
+                    if attempt == OPEN_ATTEMPTS or not await self._was_replaced(error, entry):
+                        raise
+            on_progress("another plan took effect meanwhile: nothing was paid, quoting again")
+        raise AssertionError("unreachable")
+
+    async def _affordable(
+        self, given: RequestInput, maximum_tokens: int, publisher: str | None, fee_wei: int | None
+    ) -> Quote:
+        quote = await self._quote(given, maximum_tokens, publisher)
         if fee_wei is not None and fee_wei < quote.fee_wei:
             raise InvalidRequestError(
                 f"the quote is {quote.fee_wei} wei, more than the {fee_wei} you allow: allow more, or ask for "
@@ -396,46 +433,65 @@ class Client:
                 f"account {self.address} has {funds} wei, the deposit is {quote.fee_wei} plus gas: send it more, or "
                 "ask for fewer tokens"
             )
-        nonce = secrets.randbits(128)
-        entry = JournalEntry(
-            request_id=identifiers.request_id(
-                self.deployment.chain_id, self.deployment.inference_escrow, self.address, nonce
-            ),
-            chain_id=self.deployment.chain_id,
-            escrow=self.deployment.inference_escrow,
-            requester=self.address,
-            plan_id=quote.plan_id,
-            publisher=quote.publisher,
-            nonce=nonce,
-            secret=secrets.token_bytes(32),
-            salt=secrets.token_bytes(32),
-            input=given,
-            sampling=sampling,
-            stop=tuple(stop),
-            deposit=quote.fee_wei,
-            created_at=int(time.time()),
-        )
-        # Before anything is sent: whoever loses the secret or the salt can neither be served nor draw.
-        self._journal.write(entry)
-        on_progress(f"request 0x{entry.request_id.hex()}: paying {quote.fee_wei} wei")
-        async with _chain_errors():
-            receipt = await self._submitter.submit(
-                "InferenceEscrow",
-                "open",
-                entry.plan_id,
-                nonce,
-                entry_commitment(entry),
-                secret_hash(entry.secret),
-                given.rows,
-                sampling.maximum_tokens,
-                value=entry.deposit,
-                timeout_s=self._limits.transaction_s,
+        return quote
+
+    def _prepared(
+        self,
+        before: JournalEntry | None,
+        quote: Quote,
+        given: RequestInput,
+        sampling: SamplingParameters,
+        stop: Sequence[str],
+    ) -> JournalEntry:
+        """The request on disk before anything is sent: whoever loses the secret or the salt can neither be served nor
+        draw. One that was not opened `before` stays the same request, on another plan.
+        """
+        if before is not None:
+            entry = dataclasses.replace(before, plan_id=quote.plan_id, publisher=quote.publisher, deposit=quote.fee_wei)
+        else:
+            nonce = secrets.randbits(128)
+            entry = JournalEntry(
+                request_id=identifiers.request_id(
+                    self.deployment.chain_id, self.deployment.inference_escrow, self.address, nonce
+                ),
+                chain_id=self.deployment.chain_id,
+                escrow=self.deployment.inference_escrow,
+                requester=self.address,
+                plan_id=quote.plan_id,
+                publisher=quote.publisher,
+                nonce=nonce,
+                secret=secrets.token_bytes(32),
+                salt=secrets.token_bytes(32),
+                input=given,
+                sampling=sampling,
+                stop=tuple(stop),
+                deposit=quote.fee_wei,
+                created_at=int(time.time()),
             )
-        entry = self._save(entry.with_transaction("open", receipt.transaction_hash, stage="opened"))
-        logger.info(
-            "request opened", request_id=entry.request_id.hex(), fee_wei=entry.deposit, prompt_tokens=given.rows
+        self._journal.write(entry)
+        return entry
+
+    async def _pay(self, entry: JournalEntry) -> Receipt:
+        return await self._submitter.submit(
+            "InferenceEscrow",
+            "open",
+            entry.plan_id,
+            entry.nonce,
+            entry_commitment(entry),
+            secret_hash(entry.secret),
+            entry.input.rows,
+            entry.sampling.maximum_tokens,
+            value=entry.deposit,
+            timeout_s=self._limits.transaction_s,
         )
-        return await self._carry_on(entry, on_token, on_progress, wait_for_settlement)
+
+    async def _was_replaced(self, error: ContractError | TransactionFailedError, entry: JournalEntry) -> bool:
+        """Whether `open` was refused, before or after it was mined, because its plan is not the active one any more."""
+        if isinstance(error, ContractError):
+            return error.name == "PlanNotActive"
+        plan = await self.chain.call("ShardAssignments", "planOf", entry.plan_id)
+        active = await self.chain.call("ShardAssignments", "activePlan", plan.modelId, plan.publisher)
+        return bytes(active) != entry.plan_id
 
     async def resume(
         self,

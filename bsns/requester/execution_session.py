@@ -401,7 +401,7 @@ class ExecutionSession:
 
     async def _find_lost(self, patience_s: float = 0.0) -> dict[int, tuple[str, SessionError]]:
         """The stages whose nodes do not answer within `patience_s` (more, if that is usual here), or have no session
-        any more; with the reason's name.
+        any more; with the reason's name. A node that is only slow is waited for where nobody could take its place.
         """
         limit = max(patience_s, self._limits.probe_s, 4 * self._slowest_probe_s)
 
@@ -419,7 +419,17 @@ class ExecutionSession:
             return None
 
         found = await asyncio.gather(*(probe(stage) for stage in range(len(self._route))))
-        return {stage: item for stage, item in enumerate(found) if item is not None}
+        lost = {stage: item for stage, item in enumerate(found) if item is not None}
+        if self._standby is None or all(reason != "DEADLINE_EXCEEDED" for reason, _ in lost.values()):
+            return lost
+        standby = await self._standby()
+
+        def has_others(stage: int) -> bool:
+            return bool(
+                standby.candidates(stage, self._route[stage].node, self._failed, self._backoff, any_class=False)
+            )
+
+        return {stage: item for stage, item in lost.items() if item[0] != "DEADLINE_EXCEEDED" or has_others(stage)}
 
     async def _replace(self, lost: Mapping[int, SessionError]) -> None:
         """Put other nodes in the place of those of the stages `lost`, and go on with them."""

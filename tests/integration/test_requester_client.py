@@ -121,6 +121,43 @@ async def test_request_secrets_are_on_disk_before_the_deposit_is_paid(tmp_path: 
             await client.resume(entry.request_id)
 
 
+async def test_request_whose_plan_is_replaced_before_it_is_paid_is_quoted_again(tmp_path: Path) -> None:
+    async with running(tmp_path, sampled=False) as (swarm, client):
+        submit, plans, said = client._submitter.submit, list[bytes](), list[str]()
+
+        async def overtaken(*arguments: Any, **options: Any) -> Any:
+            if arguments[1] == "open":
+                plans.append(arguments[2])
+                if len(plans) == 1:
+                    await swarm.network.publish_plan(2, swarm.network.plan, 2 * FEE_PER_TOKEN)
+                    await swarm.network.anvil.pass_time(2)  # the new one is active
+            return await submit(*arguments, **options)
+
+        client._submitter.submit = overtaken  # type: ignore[method-assign]
+        answer = await client.request(PROMPT, SAMPLING, on_progress=said.append, wait_for_settlement=False)
+        assert answer.token_ids == ANSWER
+        assert plans[1] == swarm.network.plan_id != plans[0]
+        assert answer.fee_wei == 2 * FEE_PER_TOKEN * (len(PROMPT) + 8)
+        assert any("quoting again" in line for line in said)
+        [entry] = Journal(tmp_path).entries()
+        assert (entry.plan_id, entry.deposit) == (plans[1], answer.fee_wei)
+
+
+async def test_request_whose_new_plan_costs_more_than_allowed_is_not_paid(tmp_path: Path) -> None:
+    async with running(tmp_path, sampled=False) as (swarm, client):
+        submit = client._submitter.submit
+        quote = await client.quote(PROMPT, 8)
+
+        async def overtaken(*arguments: Any, **options: Any) -> Any:
+            await swarm.network.publish_plan(2, swarm.network.plan, 2 * FEE_PER_TOKEN)
+            await swarm.network.anvil.pass_time(2)
+            return await submit(*arguments, **options)
+
+        client._submitter.submit = overtaken  # type: ignore[method-assign]
+        with pytest.raises(InvalidRequestError, match="more than the"):
+            await client.request(PROMPT, SAMPLING, fee_wei=quote.fee_wei)
+
+
 async def test_request_without_a_desk_tallies_and_settles_itself(tmp_path: Path) -> None:
     async with running(tmp_path, Misbehaviour(silent_desk=True)) as (_, client):
         answer = await client.request(PROMPT, SAMPLING)
