@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -155,10 +155,9 @@ class _Live:
             await during
             await self._rest()  # answers on the old plan have ended, too
             await self._measure("slowed, new plan")
-            plans = await self._count()
-            await self._devnet.start_node(NODES)
+            newcomer = await self._devnet.start_node(NODES)
             self._event("a node joins")
-            await self._plans(plans + 1)
+            await self._plans(1, having=newcomer.ready["node"])
             self._event("plan follows")
             await self._rest()
             await self._measure("a node joined, new plan")
@@ -188,10 +187,14 @@ class _Live:
         first = self._devnet.deployment.first_block
         return list(await self._chain.events_between(first, head.number, name="PlanPublished"))
 
-    async def _plans(self, count: int) -> None:
-        """Wait until so many plans were published, the newest with its stages in the log."""
+    async def _plans(self, count: int, having: str = "") -> None:
+        """Wait until so many plans were published, the newest of which gives the node `having` something to do."""
+
+        def is_there(plans: Sequence[Any]) -> bool:
+            return len(plans) >= count and having in ("", *(item[4] for item in plans[-1].arguments["assignments"]))
+
         async with asyncio.timeout(CHANGE_S):
-            while len(plans := await self._published()) < count:
+            while not is_there(plans := await self._published()):
                 self._devnet.check()
                 await asyncio.sleep(0.5)
         stages = [f"units {item[2]} to {item[3] - 1} on {item[4][:8]}" for item in plans[-1].arguments["assignments"]]
