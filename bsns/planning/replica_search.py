@@ -101,6 +101,7 @@ class ReplicaSearch:
         self._members = [list(nodes) for _, _, nodes in stages]
         used = {node for members in self._members for node in members}
         self._idle = [node for node in range(self._nodes) if node not in used]
+        self._between = [self._transfer(stage) for stage in range(len(stages) - 1)]
         self._reference = max(self._times())
         self._powers = [self._power(time) for time in self._times()]
         best = self._snapshot()
@@ -114,7 +115,7 @@ class ReplicaSearch:
                 if self._tick():
                     break
                 draws = self._random.random_sample((_DRAWS, 5))
-            before = (self._cuts, self._members, self._idle, self._powers)
+            before = (self._cuts, self._members, self._idle, self._between, self._powers)
             if not self._propose(draws[place].tolist()):
                 continue
             changed = sum(self._powers)
@@ -123,7 +124,7 @@ class ReplicaSearch:
                 if (peak := max(self._powers)) < slowest:
                     slowest, best = peak, self._snapshot()
             else:
-                self._cuts, self._members, self._idle, self._powers = before
+                self._cuts, self._members, self._idle, self._between, self._powers = before
         return best
 
     # ----------------------------------------------------------------------------------------------------- inside
@@ -140,7 +141,9 @@ class ReplicaSearch:
     def _time(self, stage: int) -> float:
         """What the stage counts: 1 / (sum over its replicas of 1 / (transfers + compute))."""
         first, end = self._cuts[stage], self._cuts[stage + 1]
-        transfer = self._transfer(stage - 1) + self._transfer(stage)
+        transfer = (self._between[stage - 1] if stage else 0) + (
+            self._between[stage] if stage < len(self._between) else 0
+        )
         rate = 0.0
         for node in self._members[stage]:
             prefix = self._prefix[node]
@@ -148,12 +151,10 @@ class ReplicaSearch:
         return 1.0 / rate
 
     def _transfer(self, stage: int) -> int:
-        """Between `stage` and the next one, over the slowest pair; 0 before the first and after the last."""
-        if not 0 <= stage < len(self._members) - 1:
-            return 0
+        """Between `stage` and the next one, over the slowest pair."""
         if self._even_hop is not None:
             return self._even_hop
-        return int(self._hop[np.ix_(self._members[stage], self._members[stage + 1])].max())
+        return int(self._hop[self._members[stage]][:, self._members[stage + 1]].max())
 
     def _power(self, time: float) -> float:
         """The eighth power of a time over the reference: the slowest stages decide a sum of them."""
@@ -292,14 +293,21 @@ class ReplicaSearch:
 
     def _settle(self, stages: set[int] | None) -> bool:
         """Recompute what the stages cost whose nodes or cuts changed, and their neighbours where transfers differ."""
+        last = len(self._members) - 1
         if stages is None:
+            self._between = [self._transfer(stage) for stage in range(last)]
             self._powers = [self._power(time) for time in self._times()]
             return True
         if self._even_hop is None:
-            stages = {stage + step for stage in stages for step in (-1, 0, 1)}
+            between = list(self._between)
+            for place in {at for stage in stages for at in (stage - 1, stage) if 0 <= at < last}:
+                found = self._transfer(place)
+                if found != between[place]:
+                    between[place] = found
+                    stages = stages | {place, place + 1}
+            self._between = between
         powers = list(self._powers)
         for stage in stages:
-            if 0 <= stage < len(powers):
-                powers[stage] = self._power(self._time(stage))
+            powers[stage] = self._power(self._time(stage))
         self._powers = powers
         return True
