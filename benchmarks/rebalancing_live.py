@@ -32,7 +32,7 @@ FOLDER: Final = Path(__file__).parents[1] / "build" / "bench-rebalancing"
 MODEL: Final = "smollm2-135m-instruct"
 NODES: Final = 2
 STREAMS: Final = 4
-TOKENS: Final = 48
+TOKENS: Final = 120
 PROMPT: Final = "Write a short story about a lighthouse keeper."
 SLOWDOWN: Final = 4
 _RUNS_S: Final = 0.003
@@ -235,15 +235,15 @@ class _Live:
         from matplotlib import pyplot as plt
 
         end = self._load.arrivals[-1]
-        width = 5.0
-        moments = [began + width * number for number in range(int((end - began) / width))]
-        rates = [self._load.rate(at, at + width) for at in moments]
+        width = 20.0  # streams wait for blocks between two answers: a shorter window shows that and nothing else
+        moments = [began + width / 2 + number for number in range(int(end - began - width))]
+        rates = [self._load.rate(at - width / 2, at + width / 2) for at in moments]
         figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-        axis.step([at - began for at in moments], rates, where="post", color="#1d6fb0")
+        axis.plot([at - began for at in moments], rates, color="#1d6fb0")
         top = max(rates) * 1.25
         for number, (at, name) in enumerate(self._events):
             axis.axvline(at - began, color="#b0651d", linewidth=0.8)
             axis.text(at - began + 2, top * (0.98 - 0.07 * (number % 2)), name, fontsize=8, va="top")
-        axis.set(xlabel="seconds", ylabel="tokens/s, all streams", ylim=(0, top), xlim=(0, end - began))
+        axis.set(xlabel="seconds", ylabel="tokens/s, all streams, mean of 20 s", ylim=(0, top), xlim=(0, end - began))
         figure.savefig(FIGURES / "rebalancing-live.png", dpi=150)
         plt.close(figure)

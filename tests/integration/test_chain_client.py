@@ -290,6 +290,7 @@ async def test_log_with_text_that_is_no_utf8_is_read_with_escapes(network: Netwo
     call = {"from": network.operator.address, "to": network.deployment.shard_assignments}
     await network.anvil.rpc("anvil_impersonateAccount", network.operator.address)
     sent = await network.anvil.rpc("eth_sendTransaction", {**call, "data": data.replace("5a5a5a5a", "c35a28ff")})
+    await network.anvil.mine()  # it answers before it has mined
     receipt = await network.client.receipt(bytes.fromhex(sent[2:]))
     assert receipt is not None
     events = await network.client.events_between(0, receipt.block_number, name="ModelRegistered")
