@@ -541,13 +541,17 @@ class Pipeline:
         if session.upstream is not None:
             session.upstream.detach(session)
         self._sessions.remove(session)
+        asking: list[asyncio.Future[Any]] = list(session.history_waiters)
         while not session.inbox.empty():
             item = session.inbox.get_nowait()
             if isinstance(item, _Cancel):
                 session.close_waiters.append(item.done)
-            elif isinstance(item, _Replaced | _HistoryAsked) and not item.done.done():
-                ended = Refusal(ErrorReason.ERROR_REASON_UNKNOWN_SESSION, "the session has just ended here")
-                item.done.set_exception(session.failure or ended)
+            elif isinstance(item, _Replaced | _HistoryAsked):
+                asking.append(item.done)
+        ended = Refusal(ErrorReason.ERROR_REASON_UNKNOWN_SESSION, "the session has just ended here")
+        for done in asking:
+            if not done.done():
+                done.set_exception(session.failure or ended)
         self._answer_close(session)
 
     async def _handle(self, session: Session, item: object) -> None:
@@ -581,6 +585,8 @@ class Pipeline:
                 self._stall(session, item.stall)
             case _Replaced():
                 await _answered(item.done, self._replace(session, item))
+            case _HistoryAsked() if session.takes_over:
+                session.history_waiters.append(item.done)  # stage 0, to which the prompt is still to come
             case _HistoryAsked():
                 await _answered(item.done, self._extent(session))
             case _Repeat():
@@ -603,6 +609,9 @@ class Pipeline:
             self._attach(session, step.stream)
             if session.takes_over:
                 await self._take_over(session, step)
+                waiters, session.history_waiters = session.history_waiters, []
+                for done in waiters:
+                    await _answered(done, self._extent(session))
         if session.stage == 0 and step.step > 0:
             await self._take_output(session, step)
             return

@@ -153,6 +153,8 @@ class Session:
     takes_over: bool = False
     predecessor_is_new: bool = False
     successor_is_new: bool = False
+    # Who asks for its history meanwhile, for a stage that takes over itself.
+    history_waiters: list[asyncio.Future[Any]] = field(default_factory=list)
     # Why the ring does not go on, and until when (monotonic clock) a replacement is waited for.
     stalled: Stall | None = None
     stalled_until: float = 0.0

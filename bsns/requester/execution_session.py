@@ -454,6 +454,9 @@ class ExecutionSession:
             stage = next((it for it in pending if (it - 1) % stages not in pending), min(pending))
             await self._replace_stage(stage, pending, standby, is_restart)
             del pending[stage]
+            if stage == 0 and 1 in pending and not is_restart:
+                # The new stage 1 takes over from it, and it from the prompt.
+                await self._send_input()
         if is_restart:
             # Nobody has kept what was there: the same tokens are drawn again.
             self._begin_again()

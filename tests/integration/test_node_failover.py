@@ -218,6 +218,26 @@ async def test_two_neighbouring_stages_that_die_at_once_are_taken_over(tmp_path:
         await until_committed(network, opened)
 
 
+async def test_first_two_stages_that_die_at_once_are_taken_over(tmp_path: Path) -> None:
+    # The new stage 1 takes over from the new stage 0, which takes over from the prompt.
+    gate = Gate(12)
+    async with running_network(tmp_path) as network:
+        await started(network, "abde")
+        await started(network, ["c"], executor_factory=gate.executor)
+        plan = await network.publish_plan([("a", 0, 2), ("d", 0, 2), ("b", 2, 4), ("e", 2, 4), ("c", 4, 6)])
+        expected = await undisturbed(network, plan)
+        opened = await network.open_request(plan, PROMPT, LONG)
+        progress: list[str] = []
+
+        async def both() -> None:
+            await asyncio.gather(stopped(network, "a"), stopped(network, "b"))
+
+        async with requester_session(network, opened, progress) as session:
+            assert await tokens_while(session, gate, both) == expected
+            assert len(progress) >= 2, progress
+        await until_committed(network, opened)
+
+
 async def test_both_ends_of_the_ring_that_die_at_once_are_taken_over_with_their_drafts(
     tmp_path: Path,
 ) -> None:
