@@ -155,6 +155,8 @@ class ExecutionSession:
         self._failed: set[str] = set()
         # Times in a row that something was wrong and no stage was found to be lost.
         self._strikes = 0
+        # The chain of digests before the newest output; whether stage 0 and the last stage were replaced together.
+        self._chain_before, self._ends_are_new = ZERO_HASH, False
         self._slowest_probe_s = 0.0
         self._call: Any = None
         self._reading: asyncio.Future[Any] | None = None
@@ -449,6 +451,7 @@ class ExecutionSession:
         stages = len(self._route)
         is_restart = len(lost) == stages
         pending = dict(lost)
+        self._ends_are_new |= {0, stages - 1} <= lost.keys()
         while pending:
             # After the stage before it, from which it takes over.
             stage = next((it for it in pending if (it - 1) % stages not in pending), min(pending))
@@ -680,8 +683,11 @@ class ExecutionSession:
     def _take_output(self, output: execution_pb2.StepOutput) -> tuple[int, ...]:
         """The tokens by which the answer grows; none for a repeated step, which is allowed if it says the same."""
         if output.step < len(self._outputs):
-            if self._outputs[output.step] != output:
-                raise SessionError(f"two different outputs of step {output.step}", 0, invalid=True)
+            known = self._outputs[output.step]
+            if known != output:
+                if not self._is_drafted_anew(output, known):
+                    raise SessionError(f"two different outputs of step {output.step}", 0, invalid=True)
+                self._keep_newest(output)
             return ()
         if output.step != len(self._outputs):
             raise SessionError(f"step {output.step} came where {len(self._outputs)} was due", 0, invalid=True)
@@ -698,15 +704,34 @@ class ExecutionSession:
             raise SessionError(f"more than the {self._entry.sampling.maximum_tokens} tokens paid for", 0, invalid=True)
         before_these = len(self._received)
         self._received += tokens
-        self._drafts.append(given[1:])
+        self._drafts.append(())
         self._outputs.append(output)
-        # As the last stage handed them to stage 0: rows behind what the answer keeps.
-        position = self._entry.input.rows + len(self._received) - 1
-        self._chain = extend_chain(self._chain, step_digest(token_bytes(given), position, len(given)))
+        self._chain_before = self._chain
+        self._keep_newest(output)
         expected = self._again[before_these : before_these + len(tokens)]
         if tokens[: len(expected)] != expected:
             raise SessionError("the answer was begun again and is another one", 0, invalid=True)
         return tokens[len(expected) :]
+
+    def _keep_newest(self, output: execution_pb2.StepOutput) -> None:
+        """`output` is the newest step's: what the last stage handed to stage 0, which it signs for."""
+        given = tuple(output.token_ids)
+        self._outputs[-1], self._drafts[-1] = output, given[1:]
+        # Rows behind what the answer keeps.
+        position = self._entry.input.rows + len(self._received) - 1
+        self._chain = extend_chain(self._chain_before, step_digest(token_bytes(given), position, len(given)))
+
+    def _is_drafted_anew(self, output: execution_pb2.StepOutput, known: execution_pb2.StepOutput) -> bool:
+        """Whether it is the newest step's, with the same tokens and other drafts, after both nodes that had these were
+        replaced.
+        """
+        given = tuple(output.token_ids)
+        return (
+            self._ends_are_new
+            and output.step == len(self._outputs) - 1
+            and 1 <= len(given) <= 1 + MAXIMUM_DRAFTS
+            and (output.accepted, given[0]) == (known.accepted, known.token_ids[0])
+        )
 
     def _check_end(self, ended: execution_pb2.SessionEnded) -> None:
         reason = FINISH_REASONS.get(ended.finish_reason)
