@@ -138,6 +138,11 @@ class Chain:
         return np.unique(self.cuts[1:-1])
 
     @property
+    def usual_cut(self) -> int:
+        """The median of the bytes of the cuts between units; 0 where there is none."""
+        return int(np.sort(self.cuts[1:-1])[(self.units - 1) // 2]) if self.units > 1 else 0
+
+    @property
     def even(self) -> bool:
         """Whether every cut between units carries the same bytes: then a longer run never costs its neighbours more."""
         return len(self.sizes) <= 1

@@ -18,7 +18,7 @@ from bsns.protocol.plan import ShardPlan
 from bsns.protocol.planning_record import PlanningRecord
 
 PLANNER: Final = "bsns.planning"
-PLANNER_VERSION: Final = 2
+PLANNER_VERSION: Final = 3
 """Counts up with every change by which equal inputs could give another plan: old plans need the old release."""
 
 MAXIMUM_UNITS: Final = 4_096

@@ -27,6 +27,8 @@ _MOVE, _EXCHANGE, _SHIFT = 0.40, 0.66, 0.94
 
 _OFFERED: Final = 4
 """Stages that an idle node is offered to, the slowest first."""
+_REFUSED: Final = 64
+"""Nodes in a row that no stage took: the slower ones behind them are not offered any more."""
 
 
 def value_of(problem: Problem, stages: Stages) -> int:
@@ -43,9 +45,11 @@ def join_idle(chain: Chain, stages: Stages, tick: Callable[[], bool]) -> Stages:
     used = {node for _, _, nodes in stages for node in nodes}
     idle = [int(node) for node in np.argsort(chain.prefix[:, -1], kind="stable") if int(node) not in used]
     found = _evaluate(problem, stages)
+    refused = 0
     for node in idle:
-        if len(used) == problem.terms.maximum_assignments or tick():
+        if len(used) == problem.terms.maximum_assignments or refused == _REFUSED or tick():
             break
+        refused += 1
         effective = [stage.effective_ns for stage in found.stages]
         for number in sorted(range(len(stages)), key=lambda item: -effective[item])[:_OFFERED]:
             first, end, nodes = stages[number]
@@ -57,6 +61,7 @@ def join_idle(chain: Chain, stages: Stages, tick: Callable[[], bool]) -> Stages:
             if larger.value_ns <= found.value_ns:
                 stages, found = joined, larger
                 used.add(node)
+                refused = 0
                 break
     return stages
 
@@ -82,8 +87,7 @@ class ReplicaSearch:
         self._stages, self._assignments = chain.problem.maximum_stages, terms.maximum_assignments
         self._prefix: list[list[int]] = chain.prefix.tolist()
         self._reach: list[list[int]] = chain.reach.tolist()
-        reference = int(np.sort(chain.cuts[1:-1])[(chain.units - 1) // 2]) if chain.units > 1 else 0
-        self._hop = chain.transfers(reference)
+        self._hop = chain.transfers(chain.usual_cut)
         np.fill_diagonal(self._hop, 0)
         off = self._hop[~np.eye(chain.nodes, dtype=bool)]
         self._even_hop = int(off[0]) if off.size and int(off.min()) == int(off.max()) else None

@@ -20,6 +20,7 @@ from bsns.planning import chain_bound, exact_chain
 from bsns.planning.chain import NEVER, Chain, rate_ns
 from bsns.planning.exact_chain import ExactChain, Stages
 from bsns.planning.latency_search import LatencySearch
+from bsns.planning.neighbourhood import neighbourhoods
 from bsns.planning.order_search import OrderSearch
 from bsns.planning.problem import Objective, Partition, PlanningError, Problem, evaluate
 from bsns.planning.replica_search import ReplicaSearch, join_idle
@@ -28,6 +29,12 @@ EXACT_WORK: Final = 20_000_000
 """Table cells up to which one pass of the exact dynamic programme is taken: below a second on one core."""
 _STAGE_COUNTS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of stages that are tried with replicas of every stage."""
+QUICK_PROPOSALS: Final = 3_000
+"""Moves that a start is improved by, before the best are searched from."""
+_IMPROVED: Final = 4
+"""Starts on all nodes, and on neighbourhoods, that are improved."""
+_SEARCHED: Final = 2
+"""Of these the ones that are searched from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,23 @@ def recursion(problem: Problem, weights: RecursionWeights = DEFAULT_WEIGHTS) -> 
     """
     stages = _recursion(Chain(problem), weights)
     return None if stages is None else _evaluate(problem, stages, 0, "none", "recursion")
+
+
+def quick(chain: Chain, *, proposals: int = QUICK_PROPOSALS) -> Partition | None:
+    """The best start that the search for throughput begins with, improved by so many moves: a plan in a fraction of a
+    second. None if no start is a partition.
+    """
+    best = _Run(chain, 0, lambda: False, exact_work=0).best_start()
+    if best is None:
+        return None
+    if proposals:
+        best = ReplicaSearch(chain, seed=0, tick=lambda: False).improve(best, proposals=proposals, warmth=0.0)
+    return partition_of(chain.problem, best, "sequential: quick")
+
+
+def partition_of(problem: Problem, stages: Stages, solver: str) -> Partition:
+    """`stages` as `solver`'s answer, without a bound. PlanningError if they are no partition."""
+    return _evaluate(problem, stages, 0, "none", solver)
 
 
 class _Run:
@@ -113,13 +137,17 @@ class _Run:
         if best is not None:
             best = self._spread(best)
         if problem.terms.spread_leftover and chain.nodes > problem.terms.replicas:
-            starts = [best, *(self._replicated(count) for count in _STAGE_COUNTS)]
-            best = self._accept([*starts, *self._searched(starts, lower)])
+            starts = [best, *self._everywhere()]
+            near = self._neighbourhoods()
+            best = self._accept([*starts, *near, *self._searched(starts, near, lower)])
         if best is None and not self._exact:
             raise problem.infeasible()
         if best is not None and (self._value(best) == lower or not self._exact or self._late()):
             return self._finish(best, lower, argument, "sequential: order search")
         return self._exactly(best, lower)
+
+    def best_start(self) -> Stages | None:
+        return self._accept([self._recursion, *self._everywhere(), *self._neighbourhoods()])
 
     # --------------------------------------------------------------------------------------------------- inside
 
@@ -176,10 +204,30 @@ class _Run:
             return stages
         return join_idle(self._chain, stages, self._late)
 
-    def _replicated(self, count: int) -> Stages | None:
-        """`count` stages of equal work; each node joins the slowest stage it fits. None if a stage gets too few."""
+    def _everywhere(self) -> list[Stages | None]:
+        """Stages with replicas on all nodes."""
+        return [self._replicated(count, range(self._chain.nodes)) for count in _STAGE_COUNTS]
+
+    def _neighbourhoods(self) -> list[Stages | None]:
+        """Stages on nodes near one another, where links differ."""
+        chain = self._chain
+        hops = chain.transfers(chain.usual_cut)
+        apart = hops[~np.eye(chain.nodes, dtype=bool)]
+        if chain.units < 2 or int(apart.min()) == int(apart.max()) or chain.host.any() or self._late():
+            return []
+        counts = [count for count in _STAGE_COUNTS if self._may_have(count)]
+        return [self._replicated(item.stage_count, item.nodes) for item in neighbourhoods(chain, hops, counts)]
+
+    def _may_have(self, count: int) -> bool:
+        problem = self._problem
+        return count <= problem.maximum_stages and problem.terms.stage_count in (None, count)
+
+    def _replicated(self, count: int, among: Sequence[int]) -> Stages | None:
+        """`count` stages of equal work; each node of `among` joins the slowest stage it fits. None if a stage gets too
+        few.
+        """
         chain, terms = self._chain, self._problem.terms
-        if count > self._problem.maximum_stages or terms.stage_count not in (None, count):
+        if not self._may_have(count):
             return None
         mean = chain.prefix.mean(axis=0)
         cuts = [0, *np.searchsorted(mean, [mean[-1] * part / count for part in range(1, count)]).tolist(), chain.units]
@@ -192,7 +240,7 @@ class _Run:
             [number for number in range(count) if chain.reach[node, cuts[number]] >= cuts[number + 1]]
             for node in range(chain.nodes)
         ]
-        for node in sorted(range(chain.nodes), key=lambda item: (len(fits[item]), int(chain.prefix[item, -1])))[
+        for node in sorted(among, key=lambda item: (len(fits[item]), int(chain.prefix[item, -1])))[
             : terms.maximum_assignments
         ]:
             if fits[node]:
@@ -202,23 +250,30 @@ class _Run:
                 members[number].append(node)
         return [(cuts[number], cuts[number + 1], tuple(members[number])) for number in range(count)]
 
-    def _searched(self, starts: Sequence[Stages | None], lower: int) -> list[Stages]:
-        """What the local search makes of the best of `starts`; nothing where one of them is the optimum."""
-        partitions = [found for item in starts if (found := self._accept([item])) is not None]
-        partitions.sort(key=self._value)
-        if not partitions or self._value(partitions[0]) <= lower or self._late():
+    def _searched(self, starts: Sequence[Stages | None], near: Sequence[Stages | None], lower: int) -> list[Stages]:
+        """What the local search makes of the best of `starts` and of `near`; nothing where one of them is the optimum.
+        Many are improved a little, those that came out best as far as the search goes.
+        """
+        ranked = [self._ranked(starts), self._ranked(near)]
+        if any(item and self._value(item[0]) <= lower for item in ranked) or self._late():
             return []
         search = ReplicaSearch(self._chain, seed=self._seed, tick=self._late)
-        return [search.improve(stages) for stages in partitions[:_SEARCHED]]
+        improved = [
+            search.improve(stages, proposals=QUICK_PROPOSALS, warmth=0.0)
+            for item in ranked
+            for stages in item[:_IMPROVED]
+        ]
+        improved.sort(key=self._value)
+        return [*improved[:1], *(search.improve(stages) for stages in improved[:_SEARCHED])]
+
+    def _ranked(self, candidates: Sequence[Stages | None]) -> list[Stages]:
+        """Those that are partitions, the best first."""
+        return sorted((found for item in candidates if (found := self._accept([item])) is not None), key=self._value)
 
     def _finish(self, stages: Stages, lower: int, bound: str, solver: str) -> Partition:
         if self._problem.objective is Objective.LATENCY:
             stages = self._spread(stages)
         return _evaluate(self._problem, stages, lower, bound, solver)
-
-
-_SEARCHED: Final = 3
-"""Starts that the local search is given."""
 
 
 def _recursion(chain: Chain, weights: RecursionWeights) -> Stages | None:
