@@ -66,7 +66,7 @@ DATA_STAMP      := build/benchmark-data/.installed
 TOPLOC          := toploc==0.1.6
 TOPLOC_STAMP    := build/toploc/.installed
 
-.PHONY: help setup contracts proto model demo test test-contracts test-python bench-sketch bench-planner bench-inference bench-compression bench-verification bench-routing bench-scale bench-rebalancing bench-faults bench-cuda describe devnet fmt slither clean \
+.PHONY: help setup contracts proto model demo test test-contracts test-python bench-sketch bench-planner bench-inference bench-compression bench-verification bench-routing bench-topology bench-scale bench-rebalancing bench-faults bench-cuda describe devnet fmt slither clean \
 	check check-ruff check-format check-types check-imports check-proto check-contracts
 
 help: ## list the targets
@@ -222,6 +222,9 @@ bench-verification: contracts model $(TOPLOC_STAMP) ## the adversary suite: ever
 
 bench-routing: setup ## routes on random networks with churn against the optimum; writes benchmarks/results/routing.json and docs/figures/routing.png
 	@$(PY) -m benchmarks.routing $(BENCH_ARGS)
+
+bench-topology: setup ## plans looked up by the shape of a network against plans searched for (BENCH_ARGS='--quick'); writes benchmarks/results/topology.json and docs/figures/topology-*.png
+	@$(PY) -m benchmarks.topology $(BENCH_ARGS)
 
 bench-scale: setup ## the coordinator against simulated fleets of up to 10,000 nodes (BENCH_ARGS='--quick'); writes benchmarks/results/scale.json and docs/figures/scale.png
 	@$(PY) -m benchmarks.scale $(BENCH_ARGS)

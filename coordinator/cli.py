@@ -14,6 +14,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -37,7 +38,14 @@ from coordinator.dispatch import PlanPolicy
 from coordinator.dispatch.plan_publication import plannable, planning_record
 from coordinator.network_state import NetworkStateError
 from coordinator.settings import SettingsError, load_deployment, load_key, load_settings
-from coordinator.storage import Storage, StorageError, StorageSettingsError, StorageUnavailableError, migrate
+from coordinator.storage import (
+    Storage,
+    StorageError,
+    StorageSettingsError,
+    StorageUnavailableError,
+    TopologySnapshot,
+    migrate,
+)
 
 EXIT_USAGE: Final = 2
 EXIT_REFUSED: Final = 3
@@ -257,6 +265,36 @@ def plan(
 
 
 @app.command()
+def topology(
+    database_url: Annotated[str, typer.Option("--database-url", help="sqlite:///file or postgresql://…")],
+    manifest: Annotated[Path, typer.Option(help="Manifest of the model.")],
+    limit: Annotated[int, typer.Option(min=1, help="Snapshots, the newest first.")] = 20,
+    as_json: _Json = False,
+) -> None:
+    """What the network of a model's nodes looked like: classes, clusters, and the longest bars of its diagrams."""
+    with _reported():
+        model = service.load_manifests((manifest,))[0]
+        identity = model_id(model.manifest_hash, model.weight_root, len(model.units))
+        with _storage(database_url) as storage:
+            taken = storage.topologies(identity, limit)
+        if as_json:
+            _say({"topologies": [_topology(item) for item in taken]})
+            return
+        table = Table("taken", "class", "nodes", "clusters", "mean hop", "longest bars of H0", "of H1")
+        for item in taken:
+            at = datetime.fromtimestamp(item.taken_at, UTC).isoformat(sep=" ", timespec="seconds")
+            shape = item.snapshot
+            bars = [", ".join(f"{death - birth:.4f}" for birth, death in shape.longest(number, 3)) for number in (0, 1)]
+            table.add_row(
+                at, str(item.class_number), str(shape.node_count), str(shape.cluster_count),
+                f"{shape.mean_hop:.4f}", *bars,
+            )  # fmt: skip
+        console = _console()
+        console.print(table)
+        console.print("seconds, UTC" if taken else "no snapshot yet: a coordinator takes one of two nodes or more")
+
+
+@app.command()
 def record(
     measurements_hash: Annotated[str, typer.Argument(help="measurementsHash of a plan.", metavar="HASH")],
     database_url: Annotated[str, typer.Option("--database-url", help="sqlite:///file or postgresql://…")],
@@ -332,6 +370,11 @@ def _stored_record(storage: Storage, measurements_hash: str) -> PlanningRecord:
     if record is None:
         raise SettingsError(f"this database has no planning record {measurements_hash}")
     return record
+
+
+def _topology(item: TopologySnapshot) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(item.snapshot.to_json())
+    return {"taken_at": item.taken_at, "class": item.class_number, **content}
 
 
 def _hash(text: str) -> bytes:

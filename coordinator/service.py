@@ -1,7 +1,8 @@
 """Constructs the coordinator and keeps it running: the one place where its parts meet.
 
 Owns start, the loops, and the end. Three loops share the state on disk: the follower reads the chain, the outbox
-writes to it, the desk looks at what is open (plans, routes, verdicts) after each new block. Promises that a kill at
+writes to it, the desk looks at what is open (plans, routes, verdicts) after each new block; beside them the network's
+shape is watched. Promises that a kill at
 any moment loses nothing that a restart on the same database does not finish, and that SIGTERM drains: no new nodes,
 the step in progress ends, connections close. Decides nothing itself.
 """
@@ -37,7 +38,7 @@ from bsns.protocol.typed_data import assignments_domain, registry_domain
 from bsns.v1 import coordination_pb2, coordination_pb2_grpc
 from coordinator.chain_follower import ChainFollower
 from coordinator.coordination_service import NodeCoordinationServicer
-from coordinator.dispatch import NodePool, NodeStandings, PlanPublication, RequestRouting
+from coordinator.dispatch import NodePool, NodeStandings, PlanPublication, RequestRouting, TopologyWatch
 from coordinator.network_state import RequestState
 from coordinator.settings import CoordinatorSettings, SettingsError, load_deployment, load_key
 from coordinator.storage import AnotherWriterError, Storage, StorageUnavailableError, migrate
@@ -106,6 +107,14 @@ class Coordinator:
             {model: ModelGraph.of_manifest(item.manifest) for model, item in self.publications.items()},
             prior=Link(settings.prior_latency_nanoseconds, settings.prior_bytes_per_second),
         )
+        self.topology = TopologyWatch(
+            storage,
+            self.pool,
+            list(self.publications.values()),
+            prior=Link(settings.prior_latency_nanoseconds, settings.prior_bytes_per_second),
+            seconds=settings.topology_seconds,
+            clock=time.monotonic,
+        )
         self._servicer = NodeCoordinationServicer(
             storage=storage,
             pool=self.pool,
@@ -140,6 +149,7 @@ class Coordinator:
                     group.create_task(self.follower.run(), name="follower"),
                     group.create_task(self._outbox_loop(), name="outbox"),
                     group.create_task(self._desk_loop(), name="desk"),
+                    group.create_task(self._topology_loop(), name="topology"),
                     group.create_task(self._announce(on_ready), name="ready"),
                 ]
                 await self._stop.wait()
@@ -181,6 +191,10 @@ class Coordinator:
     async def _desk_loop(self) -> None:
         await self.ready.wait()
         await self._repeat("desk_waits", self._desk_pass, self._news)
+
+    async def _topology_loop(self) -> None:
+        await self.ready.wait()
+        await self._repeat("topology_waits", lambda: self.topology.step(self.chain_now()), asyncio.Event())
 
     async def _repeat(self, warning: str, step: Callable[[], Awaitable[None]], wake: asyncio.Event) -> None:
         """Run `step` when woken and every poll interval; growing pauses while the endpoint or the database fails."""

@@ -110,6 +110,10 @@ class CoordinatorSettings(BaseSettings):
         default=1_500, ge=0, le=2**32 - 1, description="the same where only measured times have changed"
     )
 
+    topology_seconds: float = Field(
+        default=60.0, gt=0, description="a snapshot of the network so often, where something has changed"
+    )
+
     # Chain
     confirmation_depth: int = Field(default=0, ge=0, description="blocks below the head that are left alone")
     maximum_reorganisation_depth: int = Field(default=256, ge=1)

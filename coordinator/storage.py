@@ -55,6 +55,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from bsns.chain.client import Block, ChainEvent
 from bsns.chain.deployment import Deployment
+from bsns.planning.topology import Snapshot
 from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ModelId, PlanId, RequestId
 from bsns.protocol.measurements import NodeMeasurements
@@ -186,6 +187,16 @@ _planning_records = Table(
     Column("hash", String(66), primary_key=True),
     Column("content", LargeBinary, nullable=False),
 )
+# Snapshots of the network, the newest of each model.
+_topologies = Table(
+    "topologies",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("model_id", String(66), nullable=False, index=True),
+    Column("taken_at", BigInteger, nullable=False),
+    Column("class_number", Integer, nullable=False),
+    Column("snapshot", Text, nullable=False),
+)
 _intents = Table(
     "intents",
     metadata,
@@ -310,6 +321,16 @@ class SignedTransaction:
     raw: bytes
     signed_at: float
     broadcast_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TopologySnapshot:
+    """A model's network at Unix second `taken_at`, and the number of its class."""
+
+    model: ModelId
+    taken_at: int
+    class_number: int
+    snapshot: Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -639,6 +660,59 @@ class Storage:
         with self._read() as connection:
             content = connection.scalar(query)
         return None if content is None else PlanningRecord.from_bytes(bytes(content))
+
+    def keep_topology(self, taken: TopologySnapshot, *, keep: int) -> None:
+        """Store a snapshot; of its model the newest `keep` stay."""
+        model = _hex(taken.model)
+        mine = _topologies.c.model_id == model
+        with self._write() as connection:
+            connection.execute(
+                insert(_topologies).values(
+                    model_id=model,
+                    taken_at=taken.taken_at,
+                    class_number=taken.class_number,
+                    snapshot=taken.snapshot.to_json(),
+                )
+            )
+            oldest = connection.scalar(
+                select(_topologies.c.sequence)
+                .where(mine)
+                .order_by(_topologies.c.sequence.desc())
+                .offset(keep - 1)
+                .limit(1)
+            )
+            if oldest is not None:
+                connection.execute(delete(_topologies).where(mine & (_topologies.c.sequence < oldest)))
+
+    def topologies(self, model: ModelId, limit: int) -> list[TopologySnapshot]:
+        """The newest snapshots of `model`'s network, the newest first."""
+        query = (
+            select(_topologies)
+            .where(_topologies.c.model_id == _hex(model))
+            .order_by(_topologies.c.sequence.desc())
+            .limit(limit)
+        )
+        with self._read() as connection:
+            return [
+                TopologySnapshot(model, row.taken_at, row.class_number, Snapshot.from_json(row.snapshot))
+                for row in connection.execute(query)
+            ]
+
+    def topology_classes(self, model: ModelId, limit: int) -> list[tuple[int, Snapshot]]:
+        """The newest `limit` classes of `model`'s network, each with the oldest of its snapshots that is kept."""
+        first = (
+            select(func.min(_topologies.c.sequence))
+            .where(_topologies.c.model_id == _hex(model))
+            .group_by(_topologies.c.class_number)
+        )
+        query = (
+            select(_topologies.c.class_number, _topologies.c.snapshot)
+            .where(_topologies.c.sequence.in_(first))
+            .order_by(_topologies.c.sequence.desc())
+            .limit(limit)
+        )
+        with self._read() as connection:
+            return [(row.class_number, Snapshot.from_json(row.snapshot)) for row in connection.execute(query)]
 
     # ------------------------------------------------------------------------------------------ intents, transactions
 

@@ -5,7 +5,8 @@ record stored under the hash that the plan carries, that record and manifest are
 they are small enough, and that every assigned node signed that very root. A node that refuses, stays silent, or whose
 measurements nothing can be planned with is left out for a while, each time for twice as long until a plan stands: no
 few nodes can keep the others from one. A plan is replaced when a stage has had no live replica for longer than the
-limit; or, not too often, when nodes have come, gone or changed speed and the change is worth its cost
+limit; or, not too often, when nodes have come, gone or changed speed or their network is of another class (which
+`network_class` says), and the change is worth its cost
 (bsns.planning.rebalancing). Nothing here survives a restart, and nothing needs to: without a published plan the offer
 is made again.
 """
@@ -98,9 +99,12 @@ class _Absence:
 
 @dataclass(frozen=True, slots=True)
 class _Swarm:
-    """Nodes that could serve, with the time of a row on each: what a judgement of the plan in force was based on."""
+    """Nodes that could serve, with the time of a row on each, and the class of their network: what a judgement of the
+    plan in force was based on.
+    """
 
     rows: frozenset[tuple[str, int]]
+    network_class: int | None
 
 
 @dataclass(slots=True)
@@ -208,6 +212,8 @@ class PlanPublication:
         self._uncovered_since: float | None = None
         self._different: tuple[_Swarm, float] | None = None
         self._judged: tuple[bytes, _Swarm] | None = None
+        self._planned_in: tuple[bytes, int | None] | None = None
+        self.network_class: int | None = None
         self._not_before = 0.0
         self._publish_key: str | None = None
         self._manifest_is_out = False
@@ -361,14 +367,17 @@ class PlanPublication:
         """The swarm as it is, and whether the plan's nodes were others or had other times."""
         usable, _ = self._measured(serving)
         measured = {item.measurements.node: item.measurements for item in usable}
-        swarm = _Swarm(frozenset((node, row_ns(item)) for node, item in measured.items()))
+        swarm = _Swarm(frozenset((node, row_ns(item)) for node, item in measured.items()), self.network_class)
         record = self._storage.planning_record(current.measurements_hash)
         if record is None:
             return swarm, {item.node for item in current.assignments} != set(measured)
         planned = [item.measurements for item in record.measurements]
         if {item.node for item in planned} != set(measured):
             return swarm, True
-        return swarm, bool(drifted(planned, measured, self._limits.drift_bps))
+        if self._planned_in is None or self._planned_in[0] != current.plan_id or self._planned_in[1] is None:
+            self._planned_in = current.plan_id, self.network_class
+        is_another_network = self.network_class != self._planned_in[1]
+        return swarm, is_another_network or bool(drifted(planned, measured, self._limits.drift_bps))
 
     async def serving_nodes(self, now: int) -> set[str]:
         """Nodes that are attached, alive, Pending or Active on chain, and not suspect."""
@@ -397,7 +406,7 @@ class PlanPublication:
             return
         if current is not None:
             rows = frozenset((item.measurements.node, row_ns(item.measurements)) for item in usable)
-            self._judged = current.plan_id, _Swarm(rows)
+            self._judged = current.plan_id, _Swarm(rows, self.network_class)
         try:
             record, partition, plan = await self._blocking(lambda: self._plan(usable, current))
         except ProtocolError as error:  # a PlanningError, or measurements too large to record

@@ -7,6 +7,7 @@ import random
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
@@ -14,6 +15,7 @@ from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy import inspect, text
 
 from bsns.chain.client import Block
+from bsns.planning.topology import Snapshot
 from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ModelId, PlanId, RequestId, address, keccak256
 from bsns.protocol.measurements import NodeMeasurements, UnitTiming
@@ -32,6 +34,7 @@ from coordinator.storage import (
     Storage,
     StorageError,
     StorageUnavailableError,
+    TopologySnapshot,
     migrate,
     uint256_text,
 )
@@ -332,6 +335,25 @@ def test_planning_record_is_kept_by_its_hash_whatever_is_measured_later(database
         storage.keep_measurements(later.measurements, later.signature)
         assert storage.planning_record(record.hash) == record
         assert storage.planning_record(bytes(32)) is None
+    finally:
+        storage.close()
+
+
+def test_topologies_keep_the_newest_and_the_first_of_each_class(database_url: str) -> None:
+    model = ModelId(bytes([8]) * 32)
+    storage = Storage(database_url)
+    try:
+        for number, of_class in enumerate((0, 1, 0, 2, 1)):
+            bars = (np.array([[0.0, np.inf], [0.001, number + 1.0]]), np.empty((0, 2)))
+            snapshot = Snapshot(2, 2, bars, (0, 1), ((0, 1),), 0.5, number + 1.0)
+            storage.keep_topology(TopologySnapshot(model, number, of_class, snapshot), keep=4)
+        kept = storage.topologies(model, 3)
+        assert [(item.taken_at, item.class_number) for item in kept] == [(4, 1), (3, 2), (2, 0)]
+        assert (kept[0].snapshot.bridges, kept[0].snapshot.longest(0, 1)) == (((0, 1),), [(0.001, 5.0)])
+        assert len(storage.topologies(model, 100)) == 4
+        firsts = [(number, item.tree_length) for number, item in storage.topology_classes(model, 2)]
+        assert firsts == [(2, 4.0), (0, 3.0)]
+        assert storage.topologies(ModelId(bytes(32)), 100) == []
     finally:
         storage.close()
 

@@ -367,6 +367,17 @@ async def test_node_that_became_slow_makes_the_plan_be_judged(serving: _Serving)
     assert judged["trigger"] == "drift"
 
 
+async def test_network_of_another_class_makes_the_plan_be_judged_once(serving: _Serving) -> None:
+    serving.publication.network_class = 4
+    with capture_logs() as logs:
+        await serving.pass_time(300, present=2)
+        assert not [line for line in logs if line["event"] == "plan_judged"]
+        serving.publication.network_class = 5
+        await serving.pass_time(300, present=2)
+    [judged] = [line for line in logs if line["event"] == "plan_judged"]
+    assert (judged["trigger"], judged["change"]) == ("drift", "stay")
+
+
 async def test_change_that_a_node_refuses_is_given_up_and_nobody_left_out(serving: _Serving) -> None:
     await serving.pass_time(160, present=3)
     offer = serving.publication._offer

@@ -1,0 +1,287 @@
+"""What a swarm's network looks like: hops in seconds, weighted persistent homology, clusters and bridges (paper §1.7).
+
+Owns the distance between nodes, the filtration, its persistence diagrams in dimensions 0 and 1, and what is read off
+them. Distances and births are seconds, so that diagrams of one model compare. Promises diagrams that do not depend on
+the names or the order of nodes, and that move by no more than the measurements do (bottleneck distance), where all
+nodes are landmarks. Floats: nobody has to compute a snapshot again to check a plan. gudhi does the homology.
+
+The filtration is the weighted Vietoris-Rips one: a node is born at its weight, the seconds that a unit of the model
+takes on it on average; a pair at the later of both births and the hop between them; a triangle with its last pair.
+(Weights of the boundary map change nothing over a field, as the weighted complex is isomorphic to the plain one:
+weights have to be in the filtration.) Dimension 0 dies along the edges of the minimum spanning tree; a bar of dimension
+1 is a ring of nodes without a short cut.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+from eth_typing import ChecksumAddress
+from numpy.typing import NDArray
+
+from bsns.planning.chain import NEVER, Chain
+from bsns.planning.problem import SECOND_NS
+
+Floats = NDArray[np.float64]
+
+_PRECISION: Final = 1e-3
+"""Relative error of distances between diagrams."""
+LANDMARKS: Final = 1_000
+"""Nodes that diagrams are computed of; of more, so many that lie as far from one another as can be."""
+MAXIMUM_EDGES: Final = 20_000
+"""Pairs that may be left after collapsing: where more are, as in networks without any structure, there are a quarter
+fewer landmarks until it is so."""
+MAXIMUM_BARS: Final = 256
+"""Bars of a dimension that a snapshot keeps, the longest ones."""
+CLUSTER_GAP: Final = 2.0
+"""Clusters are further apart than nodes in them by this factor at the least."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`hops[i, j]` in seconds, symmetric, 0 on the diagonal, infinite without a link; `births[i]` in seconds."""
+
+    nodes: tuple[ChecksumAddress, ...]
+    hops: Floats
+    births: Floats
+
+    @classmethod
+    def of(cls, chain: Chain) -> Topology:
+        """Of a planning problem: a hop is the mean of both directions with the bytes of the usual cut."""
+        sent = chain.transfers(chain.usual_cut)
+        hops = (sent + sent.T) / (2 * SECOND_NS)
+        hops[(sent >= NEVER) | (sent.T >= NEVER)] = np.inf
+        np.fill_diagonal(hops, 0.0)
+        births = chain.prefix[:, -1] / (chain.units * SECOND_NS)
+        return cls(tuple(node.node for node in chain.problem.nodes), hops, births)
+
+    @cached_property
+    def edges(self) -> Floats:
+        """When a pair is born; on the diagonal when its node is."""
+        later = np.maximum(self.births[:, None], self.births[None, :])
+        table: Floats = np.maximum(self.hops, later)
+        return table
+
+    def snapshot(self, landmarks: int = LANDMARKS) -> Snapshot:
+        """The diagrams and what is read off the spanning tree."""
+        chosen = _landmarks(self.edges, landmarks)
+        diagrams = _diagrams(self.edges[np.ix_(chosen, chosen)])
+        while diagrams is None:
+            chosen = _landmarks(self.edges, len(chosen) * 3 // 4)
+            diagrams = _diagrams(self.edges[np.ix_(chosen, chosen)])
+        tree = _spanning_tree(self.edges)
+        cut = _gap(tree)
+        away = ~np.eye(len(self.nodes), dtype=bool) & np.isfinite(self.hops)
+        return Snapshot(
+            node_count=len(self.nodes),
+            landmark_count=len(chosen),
+            diagrams=diagrams,
+            clusters=_clusters(len(self.nodes), [(one, two) for birth, one, two in tree if birth < cut]),
+            bridges=tuple((one, two) for birth, one, two in tree if birth >= cut),
+            mean_hop=float(self.hops[away].mean()) if away.any() else 0.0,
+            tree_length=float(sum(birth for birth, _, _ in tree)),
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A network at one moment, in seconds. `diagrams[d]` has the bars of dimension d, births and deaths, an infinite
+    death for what never dies: shape (bars, 2), the longest first. `clusters[i]` is the number of node i's cluster, the
+    largest is 0; `bridges` are the pairs of nodes that join clusters in the minimum spanning tree.
+    """
+
+    node_count: int
+    landmark_count: int
+    diagrams: tuple[Floats, Floats]
+    clusters: tuple[int, ...]
+    bridges: tuple[tuple[int, int], ...]
+    mean_hop: float
+    tree_length: float
+
+    @property
+    def components(self) -> int:
+        """Parts of the network that no link joins."""
+        return int(np.isinf(self.diagrams[0][:, 1]).sum())
+
+    @property
+    def cluster_count(self) -> int:
+        return len(set(self.clusters))
+
+    def betti(self, dimension: int, at: float) -> int:
+        """Bars of `dimension` that live at `at` seconds."""
+        bars = self.diagrams[dimension]
+        return int(((bars[:, 0] <= at) & (at < bars[:, 1])).sum())
+
+    def longest(self, dimension: int, count: int) -> list[tuple[float, float]]:
+        """The longest finite bars of `dimension`."""
+        bars = _bounded(self.diagrams[dimension])[:count]
+        return [(float(birth), float(death)) for birth, death in bars]
+
+    def persistence(self, power: float = 1.0) -> float:
+        """The lengths of all finite bars to that power, added."""
+        return float(sum((_finite(bars) ** power).sum() for bars in self.diagrams))
+
+    def to_json(self) -> str:
+        """For storage; bars in microseconds as integers, -1 for a death that never comes."""
+
+        def rounded(bars: Floats) -> list[list[int]]:
+            return [[-1 if np.isinf(value) else round(value * 1e6) for value in bar] for bar in bars.tolist()]
+
+        return json.dumps(
+            {
+                "node_count": self.node_count,
+                "landmark_count": self.landmark_count,
+                "diagrams": [rounded(bars) for bars in self.diagrams],
+                "clusters": list(self.clusters),
+                "bridges": [list(bridge) for bridge in self.bridges],
+                "mean_hop_us": round(self.mean_hop * 1e6),
+                "tree_length_us": round(self.tree_length * 1e6),
+            },
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Snapshot:
+        """The inverse of `to_json`, to the microsecond."""
+        found: Mapping[str, Any] = json.loads(text)
+
+        def seconds(bars: list[list[int]]) -> Floats:
+            table = np.array(bars, dtype=np.float64).reshape(-1, 2)
+            return np.where(table < 0, np.inf, table / 1e6)
+
+        return cls(
+            found["node_count"],
+            found["landmark_count"],
+            (seconds(found["diagrams"][0]), seconds(found["diagrams"][1])),
+            tuple(found["clusters"]),
+            tuple((one, two) for one, two in found["bridges"]),
+            found["mean_hop_us"] / 1e6,
+            found["tree_length_us"] / 1e6,
+        )
+
+
+def wasserstein(one: Snapshot, other: Snapshot) -> float:
+    """How unlike two snapshots are, from 0 to 1: the 1-Wasserstein distance of their diagrams (ground metric: the
+    maximum), both dimensions added, over the largest that it could be, which is what it costs to leave every bar of
+    both unmatched.
+    """
+    from gudhi.hera import wasserstein_distance
+
+    apart = sum(
+        wasserstein_distance(_bounded(mine), _bounded(theirs), order=1.0, internal_p=np.inf, delta=_PRECISION)
+        for mine, theirs in zip(one.diagrams, other.diagrams, strict=True)
+    )
+    largest = (one.persistence() + other.persistence()) / 2
+    return min(1.0, apart / largest) if largest > 0 else 0.0
+
+
+def bottleneck(one: Snapshot, other: Snapshot, dimension: int) -> float:
+    """Seconds by which a bar has to move at the most for the diagrams of `dimension` to be the same."""
+    from gudhi.hera import bottleneck_distance
+
+    return float(bottleneck_distance(one.diagrams[dimension], other.diagrams[dimension], 0.0))
+
+
+# ------------------------------------------------------------------------------------------------------------- inside
+
+
+def _diagrams(edges: Floats) -> tuple[Floats, Floats] | None:
+    """None if more than `MAXIMUM_EDGES` pairs are left after collapsing."""
+    import gudhi
+
+    # Beyond the enclosing radius one node is joined to all others, and nothing is born or dies any more.
+    radius = float(edges.max(axis=1).min())
+    limit = radius if np.isfinite(radius) else float(edges[np.isfinite(edges)].max())
+    tree = gudhi.SimplexTree.create_from_array(edges, max_filtration=limit)
+    tree.collapse_edges()
+    if tree.num_simplices() - len(edges) > MAXIMUM_EDGES:
+        return None
+    tree.expansion(2)
+    tree.compute_persistence(homology_coeff_field=2, persistence_dim_max=True)
+    zero, one = (_longest(tree.persistence_intervals_in_dimension(dimension)) for dimension in (0, 1))
+    return zero, one
+
+
+def _longest(bars: Floats) -> Floats:
+    bars = np.asarray(bars, dtype=np.float64).reshape(-1, 2)
+    length = bars[:, 1] - bars[:, 0]
+    return bars[np.lexsort((bars[:, 0], -length))[:MAXIMUM_BARS]]
+
+
+def _landmarks(edges: Floats, count: int) -> NDArray[np.intp]:
+    """Max-min sampling: the node nearest to all, then always the one that is furthest from those chosen."""
+    total = len(edges)
+    if count >= total:
+        return np.arange(total)
+    finite = np.where(np.isfinite(edges), edges, 0.0)
+    chosen = [int(finite.sum(axis=1).argmin())]
+    away = edges[chosen[0]].copy()
+    while len(chosen) < count:
+        away[chosen[-1]] = -1.0
+        chosen.append(int(away.argmax()))
+        away = np.minimum(away, edges[chosen[-1]])
+    return np.array(sorted(chosen))
+
+
+def _spanning_tree(edges: Floats) -> list[tuple[float, int, int]]:
+    """(birth, node, node) of the minimum spanning tree or forest, by birth (Prim's algorithm on the whole table)."""
+    count = len(edges)
+    found: list[tuple[float, int, int]] = []
+    outside = np.ones(count, dtype=bool)
+    nearest, parent = np.full(count, np.inf), np.full(count, -1)
+    for _ in range(count):
+        at = int(np.where(outside, nearest, np.inf).argmin())
+        if not outside[at] or not np.isfinite(nearest[at]):
+            at = int(outside.argmax())  # the first of a part that nothing joins to those before
+        else:
+            one = int(parent[at])
+            found.append((float(nearest[at]), min(one, at), max(one, at)))
+        outside[at] = False
+        closer = outside & (edges[at] < nearest)
+        nearest[closer], parent[closer] = edges[at][closer], at
+    return sorted(found)
+
+
+def _gap(tree: list[tuple[float, int, int]]) -> float:
+    """Where the spanning tree is cut: at the widest step between the births of its edges in order, if it is wide."""
+    births = [birth for birth, _, _ in tree]
+    steps = [
+        (later / earlier, later)
+        for earlier, later in pairwise(births[len(births) // 2 :])  # most edges lie within clusters
+        if earlier > 0
+    ]
+    widest = max(steps, default=(0.0, 0.0))
+    return widest[1] if widest[0] >= CLUSTER_GAP else float("inf")
+
+
+def _clusters(count: int, edges: list[tuple[int, int]]) -> tuple[int, ...]:
+    root = list(range(count))
+
+    def find(node: int) -> int:
+        while root[node] != node:
+            root[node] = root[root[node]]
+            node = root[node]
+        return node
+
+    for one, two in edges:
+        root[find(one)] = find(two)
+    roots = [find(node) for node in range(count)]
+    ranked = sorted(set(roots), key=lambda item: (-roots.count(item), item))
+    number = {item: place for place, item in enumerate(ranked)}
+    return tuple(number[item] for item in roots)
+
+
+def _finite(bars: Floats) -> Floats:
+    length: Floats = (bars[:, 1] - bars[:, 0])[np.isfinite(bars[:, 1])]
+    return length
+
+
+def _bounded(bars: Floats) -> Floats:
+    """Without bars that never die: every network has one for each of its parts."""
+    return bars[np.isfinite(bars[:, 1])]
