@@ -41,6 +41,7 @@ from bsns.requester.errors import NotServedError, RequesterError
 from bsns.runtime.prepare import prepare
 from coordinator.chain_follower import ChainFollower, FollowerLimits
 from coordinator.devnet import Devnet, ManagedProcess
+from coordinator.dispatch import PoolLimits
 from coordinator.storage import Storage, migrate
 
 FOLDER: Final = Path(__file__).parents[1] / "build" / "bench-faults"
@@ -57,6 +58,7 @@ PROMPTS: Final = (
 # A restarted node is waited for so long: it imports torch and checks its weights on a machine that is busy.
 REJOIN_S: Final = 180.0
 SILENCE_S: Final = 30.0
+_LINE_S: Final = 2.0
 LIMITS: Final = RequestLimits(first_token_s=90.0, next_token_s=60.0, settlement_grace_s=2.0)
 # Finished sessions leave soon; a machine that is shared by all nodes needs longer to answer a probe.
 NODE_ENVIRONMENT: Final = {"BSNS_NODE_SESSION_LINGER_SECONDS": "10", "BSNS_NODE_LOG_LEVEL": "info"}
@@ -116,6 +118,9 @@ class Swarm:
         self.replicas = [[item[4] for item in sorted(assignments) if item[0] == stage] for stage in range(STAGES)]
         self.children = {child.ready["node"]: child for child in devnet.nodes}
         self._restarting: dict[str, asyncio.Task[None]] = {}
+        # (node, Unix time) of every kill, and of every restart's ready line.
+        self.killed: list[tuple[str, float]] = []
+        self.back: list[tuple[str, float]] = []
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -163,6 +168,7 @@ class Swarm:
         """SIGKILL, and a restart in the background."""
         child = self.children[node]
         child.process.send_signal(signal.SIGKILL)
+        self.killed.append((node, time.time()))
         await child.process.wait()
         self._restarting[node] = asyncio.ensure_future(self._restart(node))
 
@@ -171,6 +177,7 @@ class Swarm:
         began = time.time()
         index = int(self.children[node].name.rsplit("-", 1)[1])
         self.children[node] = await self.devnet.start_node(index)
+        self.back.append((node, time.time()))
         # Until the coordinator sends work there again.
         await asyncio.wait_for(self._attached(node, began), REJOIN_S)
 
@@ -421,9 +428,20 @@ class Bench:
     def members(self) -> None:
         """How fast the coordinator's view of the members follows."""
         log = self.swarm.coordinator_log()
-        came = sum(event == "node_attached" for _, event, _ in log)
-        gone = sum(event == "node_detached" for _, event, _ in log)
-        print(f"the coordinator saw {came} nodes come and {gone} go")
+        for name, event, moments in (
+            ("members: a killed node is seen to be gone within", "node_detached", self.swarm.killed),
+            ("members: a node that is ready again is seen within", "node_attached", self.swarm.back),
+        ):
+            waits = []
+            for node, at in moments:
+                # A node may attach a moment before its ready line is read.
+                later = [when for when, what, who in log if (what, who) == (event, node) and when >= at - _LINE_S]
+                waits.append(max(0.0, min(later, default=at + REJOIN_S) - at))
+            if waits:
+                self.figures.append(
+                    Figure(name, max(waits), "s", min(waits), statistics.median(waits), len(waits),
+                           f"<= {2 * PoolLimits().heartbeat_seconds}", "high: the median")
+                )  # fmt: skip
 
     def draw(self) -> None:
         """docs/figures/faults-stall.png: the pause behind each kind of disturbance."""

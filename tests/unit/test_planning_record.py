@@ -137,7 +137,7 @@ def test_record_encoding_is_the_one_in_the_documentation() -> None:
 def test_record_of_another_term_has_another_hash() -> None:
     base = _record()
     changes: list[dict[str, Any]] = [
-        {"planner_version": 3},
+        {"planner_version": 4},
         {"objective": "latency"},
         {"stage_count": 2},
         {"replicas": 2},
