@@ -36,6 +36,7 @@ from bsns.protocol.model_graph import MODEL_INPUT, ModelGraph, Operator, Paramet
 from bsns.v1 import coordination_pb2
 from coordinator.chain_follower import ChainFollower, FollowerLimits
 from coordinator.dispatch.node_pool import NodePool, PoolLimits
+from coordinator.dispatch.topology_watch import network_of
 from coordinator.storage import Storage, migrate
 from tests.simulated_chain import GENESIS_TIME, SimulatedChain
 
@@ -176,7 +177,8 @@ class Fleet:
         for item in self._measured:
             storage.keep_measurements(item, bytes(65))
         self.found["store: one node's measurements, ms"] = 1e3 * (time.perf_counter() - began) / count
-        self._time("read all measurements, s", lambda: storage.measurements(MODEL))
+        self._time("read all measurements, first time, s", lambda: storage.measurements(MODEL))
+        self._time("read all measurements, s", lambda: storage.measurements(MODEL), 3)
         storage.close()
         self.found["database, MB"] = sum(item.stat().st_size for item in self._path.parent.iterdir()) / _MEGABYTE
 
@@ -209,6 +211,8 @@ class Fleet:
         problem = Problem(graph, stayed, links, terms=terms)
         self._time("judge the plan after churn, s", lambda: rebalance(plan, problem, MoveTerms()))
         measured = {item.node: item for item in known}
+        network = self._time("network from measurements, s", lambda: network_of(known, graph, prior))
+        self._time("diagrams of the network, s", network.snapshot)
         table = self._time("table of routes, s", lambda: RouteTable.of(plan, graph, measured, prior=prior))
         now = {item.node: Availability() for item in plan.assignments}
         self._time("a route, s", lambda: table.best(now, 100), 5)

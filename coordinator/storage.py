@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
@@ -78,6 +79,7 @@ from coordinator.network_state import (
 )
 
 _UINT256_DIGITS: Final = 78
+_PARSED_MEASUREMENTS: Final = 4_096
 _SQLITE_BUSY_TIMEOUT_S: Final = 10.0
 _POSTGRESQL_WRITER_LOCK: Final = 0x6273_6E73  # "bsns"
 _MIGRATIONS: Final = Path(__file__).resolve().parent.parent / "migrations"
@@ -1107,7 +1109,9 @@ def _transaction(row: RowMapping) -> SignedTransaction:
     )
 
 
+@lru_cache(maxsize=_PARSED_MEASUREMENTS)
 def _parse_measurements(message: str) -> SignedMeasurements:
+    """Of a stored message. Kept: all of a model's are asked for every few seconds, and few of them are new."""
     parsed = coordination_pb2.Measurements.FromString(bytes.fromhex(message))
     return SignedMeasurements(NodeMeasurements.from_message(parsed), bytes(parsed.signature))
 

@@ -35,8 +35,8 @@ _PRECISION: Final = 1e-3
 LANDMARKS: Final = 1_000
 """Nodes that diagrams are computed of; of more, so many that lie as far from one another as can be."""
 MAXIMUM_EDGES: Final = 20_000
-"""Pairs that may be left after collapsing: where more are, as in networks without any structure, there are a quarter
-fewer landmarks until it is so."""
+"""Pairs that may be left after collapsing: where more are, as in networks without any structure, fewer landmarks do."""
+_FEWER: Final = 0.9
 MAXIMUM_BARS: Final = 256
 """Bars of a dimension that a snapshot keeps, the longest ones."""
 CLUSTER_GAP: Final = 2.0
@@ -72,8 +72,9 @@ class Topology:
         """The diagrams and what is read off the spanning tree."""
         chosen = _landmarks(self.edges, landmarks)
         diagrams = _diagrams(self.edges[np.ix_(chosen, chosen)])
-        while diagrams is None:
-            chosen = _landmarks(self.edges, len(chosen) * 3 // 4)
+        while isinstance(diagrams, int):
+            share = min(_FEWER, float(np.sqrt(MAXIMUM_EDGES / diagrams)))
+            chosen = _landmarks(self.edges, int(len(chosen) * share))
             diagrams = _diagrams(self.edges[np.ix_(chosen, chosen)])
         tree = _spanning_tree(self.edges)
         cut = _gap(tree)
@@ -191,8 +192,8 @@ def bottleneck(one: Snapshot, other: Snapshot, dimension: int) -> float:
 # ------------------------------------------------------------------------------------------------------------- inside
 
 
-def _diagrams(edges: Floats) -> tuple[Floats, Floats] | None:
-    """None if more than `MAXIMUM_EDGES` pairs are left after collapsing."""
+def _diagrams(edges: Floats) -> tuple[Floats, Floats] | int:
+    """The bars of both dimensions; the number of pairs that are left after collapsing, if it is over `MAXIMUM_EDGES`."""
     import gudhi
 
     # Beyond the enclosing radius one node is joined to all others, and nothing is born or dies any more.
@@ -200,8 +201,8 @@ def _diagrams(edges: Floats) -> tuple[Floats, Floats] | None:
     limit = radius if np.isfinite(radius) else float(edges[np.isfinite(edges)].max())
     tree = gudhi.SimplexTree.create_from_array(edges, max_filtration=limit)
     tree.collapse_edges()
-    if tree.num_simplices() - len(edges) > MAXIMUM_EDGES:
-        return None
+    if (left := tree.num_simplices() - len(edges)) > MAXIMUM_EDGES:
+        return left
     tree.expansion(2)
     tree.compute_persistence(homology_coeff_field=2, persistence_dim_max=True)
     zero, one = (_longest(tree.persistence_intervals_in_dimension(dimension)) for dimension in (0, 1))
