@@ -193,7 +193,7 @@ def bottleneck(one: Snapshot, other: Snapshot, dimension: int) -> float:
 
 
 def _diagrams(edges: Floats) -> tuple[Floats, Floats] | int:
-    """The bars of both dimensions; the number of pairs that are left after collapsing, if it is over `MAXIMUM_EDGES`."""
+    """The bars of both dimensions; or how many pairs are left after collapsing, if more than `MAXIMUM_EDGES`."""
     import gudhi
 
     # Beyond the enclosing radius one node is joined to all others, and nothing is born or dies any more.
@@ -201,7 +201,8 @@ def _diagrams(edges: Floats) -> tuple[Floats, Floats] | int:
     limit = radius if np.isfinite(radius) else float(edges[np.isfinite(edges)].max())
     tree = gudhi.SimplexTree.create_from_array(edges, max_filtration=limit)
     tree.collapse_edges()
-    if (left := tree.num_simplices() - len(edges)) > MAXIMUM_EDGES:
+    left = int(tree.num_simplices()) - len(edges)
+    if left > MAXIMUM_EDGES:
         return left
     tree.expansion(2)
     tree.compute_persistence(homology_coeff_field=2, persistence_dim_max=True)
