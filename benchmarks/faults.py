@@ -164,12 +164,17 @@ class Swarm:
         )
         return list(events[-1].arguments["nodes"])
 
-    async def kill(self, node: str) -> None:
+    async def kill(self, node: str, *, restart: bool = True) -> None:
         """SIGKILL, and a restart in the background."""
         child = self.children[node]
         child.process.send_signal(signal.SIGKILL)
         self.killed.append((node, time.time()))
         await child.process.wait()
+        if restart:
+            self._restarting[node] = asyncio.ensure_future(self._restart(node))
+
+    def restart(self, node: str) -> None:
+        """Start a node that was killed, in the background."""
         self._restarting[node] = asyncio.ensure_future(self._restart(node))
 
     async def _restart(self, node: str) -> None:
@@ -395,13 +400,16 @@ class Bench:
                 refund = await self.swarm.client.refund(error.request_id)
                 whole += refund.withdrawn_wei >= request.deposit
                 print(f"no replica left of stage {stage}: {str(error)[:160]}", flush=True)
+            for node in self.swarm.replicas[stage]:
+                self.swarm.restart(node)
         self.figures += [
             Figure("no replica: errors that name the stage", named / count, "share", 0, 1, count, "== 1"),
             Figure("no replica: deposits given back", whole / count, "share", 0, 1, count, "== 1"),
         ]
 
     async def _kill_replicas(self, _route: list[str], stage: int) -> None:
-        await asyncio.gather(*(self.swarm.kill(node) for node in self.swarm.replicas[stage]))
+        # One that is back within the time that a route waits would take its stage over again.
+        await asyncio.gather(*(self.swarm.kill(node, restart=False) for node in self.swarm.replicas[stage]))
 
     # -- figures
 

@@ -163,6 +163,14 @@ def request(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
     fee: Annotated[int | None, typer.Option("--fee-wei", min=0, help="Most to deposit; default: the quote.")] = None,
     publisher: _Publisher = None,
+    avoid: Annotated[
+        list[str] | None,
+        typer.Option("--avoid", help="Node that must not serve; may be repeated. You choose the route."),
+    ] = None,
+    within_ms: Annotated[
+        float | None,
+        typer.Option("--within-ms", help="Longest round trip to a node, measured from here. You choose the route."),
+    ] = None,
     record: Annotated[Path | None, typer.Option("--record", help="Write the verification record here.")] = None,
     token_ids: Annotated[
         bool, typer.Option("--token-ids", help="Show token ids in the output and disclose them in the record.")
@@ -186,6 +194,7 @@ def request(
 
     async def run() -> None:
         from bsns.protocol.sampling import SamplingError, SamplingParameters
+        from bsns.requester.route_choice import RouteWishes
 
         try:
             sampling = SamplingParameters(temperature, top_k, top_p, seed, _maximum_tokens(max_tokens, image))
@@ -193,6 +202,7 @@ def request(
             raise _UsageError(str(error)) from error
         if record is not None and not record.parent.is_dir():
             raise _UsageError(f"{record.parent} is not a folder: the record could not be written there")
+        wishes = RouteWishes(frozenset(avoid or ()), None if within_ms is None else within_ms / 1e3)
         async with _client(
             rpc, deployment, key_file, password_file, state_dir, model_folder, share_prompt=share_prompt
         ) as client:
@@ -206,6 +216,7 @@ def request(
                     on_progress=stream.progress,
                     fee_wei=fee,
                     publisher=publisher,
+                    wishes=wishes,
                     wait_for_settlement=wait,
                 )
             shown = asked if token_ids and isinstance(asked, list) else None

@@ -118,11 +118,22 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         uint32 promptTokens,
         uint32 maximumTokens
     ) external payable returns (RequestId requestId) {
-        requestId = requestIdOf(msg.sender, nonce);
-        Offer memory offer = Offer(msg.sender, planId, 0, inputCommitment, secretHash, promptTokens, maximumTokens);
-        _requireAcceptable(requestId, offer);
-        offer.feePerToken = _requireOffer(planId, promptTokens, maximumTokens);
-        _open(requestId, offer);
+        requestId = _openOwn(nonce, planId, inputCommitment, secretHash, promptTokens, maximumTokens);
+    }
+
+    /// @inheritdoc IInferenceEscrow
+    function openRouted(
+        PlanId planId,
+        uint256 nonce,
+        bytes32 inputCommitment,
+        bytes32 secretHash,
+        uint32 promptTokens,
+        uint32 maximumTokens,
+        Assignment[] calldata assignments_,
+        bytes32[][] calldata proofs
+    ) external payable returns (RequestId requestId) {
+        requestId = _openOwn(nonce, planId, inputCommitment, secretHash, promptTokens, maximumTokens);
+        _routeAsPaid(requestId, assignments_, proofs);
     }
 
     /// @inheritdoc IInferenceEscrow
@@ -349,6 +360,28 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
     }
 
     /// @dev Deposits what came with the call.
+    function _openOwn(
+        uint256 nonce,
+        PlanId planId,
+        bytes32 inputCommitment,
+        bytes32 secretHash,
+        uint32 promptTokens,
+        uint32 maximumTokens
+    ) private returns (RequestId requestId) {
+        requestId = requestIdOf(msg.sender, nonce);
+        Offer memory offer = Offer(msg.sender, planId, 0, inputCommitment, secretHash, promptTokens, maximumTokens);
+        _requireAcceptable(requestId, offer);
+        offer.feePerToken = _requireOffer(planId, promptTokens, maximumTokens);
+        _open(requestId, offer);
+    }
+
+    function _routeAsPaid(RequestId requestId, Assignment[] calldata assignments_, bytes32[][] calldata proofs)
+        private
+    {
+        Plan memory plan = assignments.planOf(_requests[requestId].planId);
+        _fixRoute(requestId, plan, assignments_, proofs, true);
+    }
+
     function _open(RequestId requestId, Offer memory offer) private {
         Request storage request = _requests[requestId];
         uint64 openedAt = _now();

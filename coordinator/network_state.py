@@ -204,6 +204,7 @@ class RequestState:
     input_commitment: bytes
     secret_hash: bytes
     stages: tuple[StageState, ...] = ()
+    routed_by_requester: bool = False
     entropy_block: int = 0
     snapshot_time: int = 0
     snapshot_stake: int = 0
@@ -492,6 +493,8 @@ def _escrow(before: Aggregate | None, event: ChainEvent, a: Mapping[str, Any], b
             return replace(
                 request,
                 status=RequestStatus.ROUTED,
+                # A publisher sees a request once its block is there.
+                routed_by_requester=block.number == request.opened_block,
                 deadline=a["deadline"],
                 stages=tuple(StageState(stage, address(node)) for stage, node in enumerate(a["nodes"])),
             )

@@ -34,7 +34,7 @@ from bsns.chain.signer import Signer
 from bsns.chain.submitter import Submitter
 from bsns.protocol import identifiers, typed_data
 from bsns.protocol.commitments import content_digest, secret_hash
-from bsns.protocol.contract_states import RequestStatus
+from bsns.protocol.contract_states import NodeStatus, RequestStatus
 from bsns.protocol.identifiers import ModelId, RequestId
 from bsns.protocol.manifest import ManifestError, ModelManifest
 from bsns.protocol.plan import Assignment, ShardPlan
@@ -75,6 +75,7 @@ from bsns.requester.image_processor import CONFIG_FILE, LABELS_FILE, ImageProces
 from bsns.requester.journal import Journal, JournalEntry, StageEvidenceHeader
 from bsns.requester.node_connection import NodeEndpoint, find_endpoints
 from bsns.requester.request_input import RequestInput
+from bsns.requester.route_choice import RouteWishes, choose_route
 from bsns.requester.settlement import Settlement, Standing
 from bsns.requester.standby import NodeBackoff, Standby
 
@@ -86,6 +87,7 @@ logger = structlog.get_logger(__name__)
 MANIFEST_FILE: Final = "manifest.json"
 OPEN_ATTEMPTS: Final = 3
 """Times that a request is paid for where a new plan takes effect between the quote and the payment."""
+NO_WISHES: Final = RouteWishes()
 Message = str | Sequence[Mapping[str, str]]
 """What a person says: one message of a user, or a whole conversation of role and content."""
 Prompt = Message | Sequence[int] | npt.NDArray[np.float32]
@@ -184,6 +186,10 @@ class Refund:
     request_id: bytes
     withdrawn_wei: int
     transactions: Mapping[str, str]
+
+
+# Assignments and their Merkle proofs, as the contract takes them.
+_Route = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,12 +378,14 @@ class Client:
         on_progress: OnProgress = _no_progress,
         fee_wei: int | None = None,
         publisher: str | None = None,
+        wishes: RouteWishes = NO_WISHES,
         wait_for_settlement: bool = True,
     ) -> Answer:
         """Pay for and stream one answer.
 
         `sampling` defaults to greedy, with one token for a row of values (the class, the most such a request may ask
-        for). `fee_wei` is the most that may be deposited (default: whatever the quote says). With `wait_for_settlement`
+        for). `fee_wei` is the most that may be deposited (default: whatever the quote says). With `wishes` the route is
+        chosen here and paid for in one transaction; without, the publisher of the plan does. With `wait_for_settlement`
         False it returns once the answer is there and the committee is drawn; `resume` follows it up. Raises
         RequesterError; after the deposit was paid that is NotServedError, which says when the deposit can be taken
         back.
@@ -386,7 +394,7 @@ class Client:
         if sampling is None:
             sampling = SamplingParameters() if given.tokens else SamplingParameters(maximum_tokens=1)
         self._check_stop(stop)
-        entry, receipt = await self._open(given, sampling, stop, publisher, fee_wei, on_progress)
+        entry, receipt = await self._open(given, sampling, stop, publisher, fee_wei, wishes, on_progress)
         entry = self._save(entry.with_transaction("open", receipt.transaction_hash, stage="opened"))
         logger.info(
             "request opened", request_id=entry.request_id.hex(), fee_wei=entry.deposit, prompt_tokens=given.rows
@@ -400,17 +408,19 @@ class Client:
         stop: Sequence[str],
         publisher: str | None,
         fee_wei: int | None,
+        wishes: RouteWishes,
         on_progress: OnProgress,
     ) -> tuple[JournalEntry, Receipt]:
         """Pay for a request, again where another plan takes effect between its quote and its payment."""
         entry: JournalEntry | None = None
         for attempt in itertools.count(1):
             quote = await self._affordable(given, sampling.maximum_tokens, publisher, fee_wei)
+            route = None if wishes.is_empty else await self._chosen_route(quote.plan_id, wishes)
             entry = self._prepared(entry, quote, given, sampling, stop)
             on_progress(f"request 0x{entry.request_id.hex()}: paying {quote.fee_wei} wei")
             async with _chain_errors():
                 try:
-                    return entry, await self._pay(entry)
+                    return entry, await self._pay(entry, route)
                 except (ContractError, TransactionFailedError) as error:
                     if attempt == OPEN_ATTEMPTS or not await self._was_replaced(error, entry):
                         raise
@@ -471,16 +481,28 @@ class Client:
         self._journal.write(entry)
         return entry
 
-    async def _pay(self, entry: JournalEntry) -> Receipt:
+    async def _chosen_route(self, plan_id: bytes, wishes: RouteWishes) -> _Route:
+        async def may_serve(node: str) -> bool:
+            return NodeStatus(await self.chain.call("NodeRegistry", "statusOf", node)) == NodeStatus.ACTIVE
+
+        async with _chain_errors():
+            standby = await self._read_standby(plan_id)
+            route = await choose_route(
+                standby, wishes, self._backoff, may_serve=may_serve, timeout_s=self._limits.connect_s
+            )
+        return tuple(item.as_tuple() for item in route), tuple(standby.plan.proof(item) for item in route)
+
+    async def _pay(self, entry: JournalEntry, route: _Route | None) -> Receipt:
         return await self._submitter.submit(
             "InferenceEscrow",
-            "open",
+            "open" if route is None else "openRouted",
             entry.plan_id,
             entry.nonce,
             entry_commitment(entry),
             secret_hash(entry.secret),
             entry.input.rows,
             entry.sampling.maximum_tokens,
+            *(route or ()),
             value=entry.deposit,
             timeout_s=self._limits.transaction_s,
         )
@@ -802,21 +824,7 @@ class Client:
     def _standby_of(self, entry: JournalEntry) -> Callable[[], Awaitable[Standby]]:
         """Who could take over, read from the chain at once, so that it need not be there when somebody has to."""
 
-        async def read() -> Standby:
-            head = await self.chain.head()
-            events = await self.chain.events_between(
-                self.deployment.first_block,
-                head.number,
-                contract="ShardAssignments",
-                name="PlanPublished",
-                filters={"planId": entry.plan_id},
-            )
-            assignments = tuple(Assignment.from_tuple(tuple(item)) for item in events[0].arguments["assignments"])
-            nodes = {item.node for item in assignments}
-            plan = ShardPlan(max(item.end_unit for item in assignments), assignments)
-            return Standby(plan, await find_endpoints(self.chain, nodes, self.deployment.first_block, head.number))
-
-        reading = asyncio.ensure_future(read())
+        reading = asyncio.ensure_future(self._read_standby(entry.plan_id))
         # Most requests never ask.
         reading.add_done_callback(lambda done: done.cancelled() or done.exception())
 
@@ -825,6 +833,20 @@ class Client:
                 return await asyncio.shield(reading)
 
         return standby
+
+    async def _read_standby(self, plan_id: bytes) -> Standby:
+        head = await self.chain.head()
+        events = await self.chain.events_between(
+            self.deployment.first_block,
+            head.number,
+            contract="ShardAssignments",
+            name="PlanPublished",
+            filters={"planId": plan_id},
+        )
+        assignments = tuple(Assignment.from_tuple(tuple(item)) for item in events[0].arguments["assignments"])
+        nodes = {item.node for item in assignments}
+        plan = ShardPlan(max(item.end_unit for item in assignments), assignments)
+        return Standby(plan, await find_endpoints(self.chain, nodes, self.deployment.first_block, head.number))
 
     def _settlement(self, entry: JournalEntry, on_progress: OnProgress) -> Settlement:
         def sent(name: str, receipt: Receipt) -> None:

@@ -143,6 +143,19 @@ interface IInferenceEscrow {
         uint32 maximumTokens
     ) external payable returns (RequestId requestId);
 
+    /// @notice `open` and `route` in one, by the requester, who chooses the replicas: for who wants to avoid some, or to have its route in the
+    ///         block of its payment.
+    function openRouted(
+        PlanId planId,
+        uint256 nonce,
+        bytes32 inputCommitment,
+        bytes32 secretHash,
+        uint32 promptTokens,
+        uint32 maximumTokens,
+        Assignment[] calldata assignments,
+        bytes32[][] calldata proofs
+    ) external payable returns (RequestId requestId);
+
     /// @notice Open, route and commit a request that was served out of a tab and that a batch has to show: RequestTabs only, which has checked
     ///         the requester's ticket and the nodes' signatures. The deposit is what the batch paid for it, which may be less than its
     ///         quote; a committee certainly sits. From here on it is a request like every other.

@@ -76,8 +76,9 @@ def duties_of(request: RequestState, tolerance: int) -> Iterator[Duty]:
             # Its neighbour and the requester agree that it stopped.
             yield Duty(replaced, False)
         if not complete:
-            # The answer ended early. Who committed did its part; who did not is not always at fault, but often enough.
-            if stage.commitment is None:
+            # The answer ended early. Who committed did its part; who did not is not always at fault, but often enough:
+            # not where the requester chose the nodes itself, who could choose a rival and never come.
+            if stage.commitment is None and not request.routed_by_requester:
                 yield Duty(stage.node, False)
             continue
         tally = _last_tally(request, stage.stage)

@@ -163,6 +163,77 @@ contract InferenceEscrowTest is InferenceEscrowScenario {
         escrow.quote(unknown, 1, 1);
     }
 
+    // ------------------------------------------------------------------------------------------------------- openRouted
+
+    function _openRouted(Assignment[] memory route, bytes32[][] memory proofs, uint256 deposit)
+        private
+        returns (RequestId)
+    {
+        vm.deal(requester, deposit);
+        vm.prank(requester);
+        return escrow.openRouted{value: deposit}(
+            _plan, 77, INPUT_COMMITMENT, keccak256(abi.encode(SECRET)), PROMPT_TOKENS, MAXIMUM_TOKENS, route, proofs
+        );
+    }
+
+    function test_openRouted_isOpenAndRouteInOne() public {
+        (Assignment[] memory route, bytes32[][] memory proofs) = _routeOver(_plan, new uint16[](3));
+        uint256 due = escrow.quote(_plan, PROMPT_TOKENS, MAXIMUM_TOKENS);
+        RequestId expected = escrow.requestIdOf(requester, 77);
+        address[] memory nodes = new address[](3);
+        (nodes[0], nodes[1], nodes[2]) = (_hot(0), _hot(1), _hot(2));
+        uint64 deadline = uint64(block.timestamp) + escrow.terms().commitWindow;
+        vm.expectEmit(address(escrow));
+        emit IInferenceEscrow.RequestRouted(expected, nodes, deadline);
+        RequestId id = _openRouted(route, proofs, due + 5);
+
+        assertEq(RequestId.unwrap(id), RequestId.unwrap(expected));
+        _assertRequest(id, RequestStatus.Routed);
+        Request memory request = escrow.requestOf(id);
+        assertEq(request.requester, requester);
+        assertEq(request.deposit, due + 5);
+        assertEq(request.deadline, deadline);
+        for (uint16 i = 0; i < 3; i++) {
+            assertEq(escrow.executorOf(id, i), nodes[i]);
+            assertEq(_duties(i), 1);
+        }
+        vm.expectRevert(abi.encodeWithSelector(IInferenceEscrow.RequestAlreadyOpen.selector, id));
+        this.openRoutedAgain(route, proofs, due);
+    }
+
+    function openRoutedAgain(Assignment[] calldata route, bytes32[][] calldata proofs, uint256 due) external {
+        _openRouted(route, proofs, due);
+    }
+
+    function test_openRouted_withADepositThatIsShort_reverts() public {
+        (Assignment[] memory route, bytes32[][] memory proofs) = _routeOver(_plan, new uint16[](3));
+        uint256 due = escrow.quote(_plan, PROMPT_TOKENS, MAXIMUM_TOKENS);
+        vm.expectRevert(abi.encodeWithSelector(IInferenceEscrow.FeeBelowQuote.selector, due, due - 1));
+        this.openRoutedAgain(route, proofs, due - 1);
+        _assertRequest(escrow.requestIdOf(requester, 77), RequestStatus.Absent);
+    }
+
+    function test_openRouted_overNodesOutsideThePlan_reverts() public {
+        (Assignment[] memory route, bytes32[][] memory proofs) = _routeOver(_plan, new uint16[](3));
+        uint256 due = escrow.quote(_plan, PROMPT_TOKENS, MAXIMUM_TOKENS);
+        route[1].node = _hot(4);
+        vm.expectRevert(abi.encodeWithSelector(IInferenceEscrow.NotAssigned.selector, 1, _hot(4)));
+        this.openRoutedAgain(route, proofs, due);
+        vm.expectRevert(abi.encodeWithSelector(IInferenceEscrow.RouteIncomplete.selector, 3, 2));
+        this.openRoutedAgain(route, new bytes32[][](2), due);
+        assertEq(_duties(0), 0);
+        assertEq(address(escrow).balance, 0);
+    }
+
+    function test_openRouted_overANodeThatLeaves_reverts() public {
+        (Assignment[] memory route, bytes32[][] memory proofs) = _routeOver(_plan, new uint16[](3));
+        uint256 due = escrow.quote(_plan, PROMPT_TOKENS, MAXIMUM_TOKENS);
+        vm.prank(_operator(1));
+        registry.beginExit(_hot(1));
+        vm.expectRevert(abi.encodeWithSelector(IInferenceEscrow.NodeNotActive.selector, _hot(1)));
+        this.openRoutedAgain(route, proofs, due);
+    }
+
     // ------------------------------------------------------------------------------------------------------------ route
 
     function test_route_byThePublisher_fixesTheStagesAndOpensDuties() public {

@@ -187,6 +187,13 @@ contract RolesTest is Swarm {
             1 ether
         );
         (Assignment[] memory route, bytes32[][] memory proofs) = _routeOf(_opened);
+        _check(
+            "openRouted",
+            ANYBODY,
+            target,
+            abi.encodeCall(IInferenceEscrow.openRouted, (_plan, 1001, INPUT_COMMITMENT, "s", 1, 1, route, proofs)),
+            1 ether
+        );
         _check("route", _only(Role.Publisher), target, abi.encodeCall(IInferenceEscrow.route, (_opened, route, proofs)));
         _check(
             "replaceStages",
@@ -215,7 +222,7 @@ contract RolesTest is Swarm {
             target,
             abi.encodeCall(IInferenceEscrow.openCommitted, (RequestId.wrap("id"), offer, route, proofs, commitments))
         );
-        assertEq(_checked, 11);
+        assertEq(_checked, 12);
     }
 
     function test_ROLE_01_OutputVerification() public {

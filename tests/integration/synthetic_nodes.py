@@ -17,11 +17,14 @@ from typing import Any
 import grpc
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
 from grpc_status import rpc_status
 
 from bsns.chain.errors import ContractError
 from bsns.protocol import typed_data
 from bsns.protocol.commitments import content_digest, extend_chain, input_commitment
+from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ZERO_HASH, RequestId, keccak256
 from bsns.protocol.sampling import SamplingParameters
 from bsns.v1 import common_pb2, execution_pb2, execution_pb2_grpc
@@ -70,6 +73,9 @@ class SyntheticSwarm:
         for number in range(self.network.stages):
             server = grpc.aio.server()
             execution_pb2_grpc.add_ShardExecutionServicer_to_server(SyntheticNode(self, number), server)
+            health = HealthServicer()
+            await health.set("", health_pb2.HealthCheckResponse.SERVING)
+            health_pb2_grpc.add_HealthServicer_to_server(health, server)
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
             servers.append(server)
@@ -130,7 +136,9 @@ class SyntheticSwarm:
 
     async def _accompany(self, request_id: bytes) -> None:
         network = self.network
-        await network.route(RequestInFlight(RequestId(request_id), 0, b"", b"", SamplingParameters(), ()))
+        request = await network.client.call("InferenceEscrow", "requestOf", request_id)
+        if request.status == RequestStatus.OPEN:  # else its requester has routed it
+            await network.route(RequestInFlight(RequestId(request_id), 0, b"", b"", SamplingParameters(), ()))
         await self.ended(request_id).wait()
         flight = self.flights[request_id]
         if self.wrong.commit_nothing:

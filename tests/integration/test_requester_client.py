@@ -28,6 +28,7 @@ from bsns.requester import (
     UnavailableError,
 )
 from bsns.requester.journal import Journal
+from bsns.requester.route_choice import RouteWishes
 from tests.integration.recorded_network import FEE_PER_TOKEN, PROMPT, RecordedNetwork, key, quick_terms, until
 from tests.integration.synthetic_nodes import ANSWER, Misbehaviour, SyntheticSwarm
 
@@ -119,6 +120,31 @@ async def test_request_secrets_are_on_disk_before_the_deposit_is_paid(tmp_path: 
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         with pytest.raises(UnavailableError, match="never opened"):
             await client.resume(entry.request_id)
+
+
+async def test_request_that_chooses_its_route_needs_nobody_to_route_it(tmp_path: Path) -> None:
+    async with running(tmp_path) as (swarm, client):
+        answer = await client.request(PROMPT, SAMPLING, wishes=RouteWishes(within_s=5.0))
+        assert (answer.token_ids, answer.status) == (ANSWER, "Settled")
+        head = await client.chain.head()
+        opened, routed = [
+            (await client.chain.events_between(0, head.number, contract="InferenceEscrow", name=name))[-1]
+            for name in ("RequestOpened", "RequestRouted")
+        ]
+        assert opened.transaction_hash == routed.transaction_hash
+        assert list(routed.arguments["nodes"]) == [node.address for node in swarm.network.nodes[:3]]
+        record = await export(client.chain, client.deployment, answer.request_id, client.disclosure(answer.request_id))
+        assert [item for item in await verify(record, client.chain, client.deployment) if not item.ok] == []
+
+
+async def test_request_that_avoids_the_only_node_of_a_stage_says_so_and_pays_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path, sampled=False) as (swarm, client):
+        before = await balance(client)
+        avoided = frozenset({swarm.network.nodes[1].address})
+        with pytest.raises(UnavailableError, match="stage 1 has nobody left: of 1 nodes 1 are avoided"):
+            await client.request(PROMPT, SAMPLING, wishes=RouteWishes(avoided))
+        assert await balance(client) == before
+        assert not list(Journal(tmp_path).entries())
 
 
 async def test_request_whose_plan_is_replaced_before_it_is_paid_is_quoted_again(tmp_path: Path) -> None:

@@ -131,6 +131,14 @@ def test_request_that_was_never_committed_blames_the_silent_stage_only() -> None
     assert list(duties_of(request, _TAU)) == [Duty("b", False)]
 
 
+def test_request_whose_requester_chose_the_nodes_and_never_came_blames_nobody() -> None:
+    stages = (StageState(0, "a"), StageState(1, "b"))
+    nothing = {"status": RequestStatus.REFUNDED, "stages": stages, "attestations": (), "tallies": ()}
+    assert list(duties_of(_request(**nothing, routed_by_requester=True), _TAU)) == []
+    # What it did do is judged as ever.
+    assert list(duties_of(_request(routed_by_requester=True), _TAU)) == list(duties_of(_request(), _TAU))
+
+
 def test_node_near_the_threshold_becomes_suspect_and_an_honest_one_never() -> None:
     near, honest = NodeStanding(), NodeStanding()
     for number in range(400):
