@@ -54,6 +54,22 @@ def print_table(figures: Sequence[Figure]) -> bool:
     return all(item.met is not False for item in figures)
 
 
+def merge_result(name: str, seed: str, figures: Sequence[Figure]) -> None:
+    """Write figures of a run of some sections in the place of those of the same names in results/`name`.json. The
+    others stay, and say of which commit they are.
+    """
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if path.is_file() else {"commit": None, "figures": []}
+    new = {item.name for item in figures}
+    kept = [
+        Figure(*(item[key] for key in ("name", "value", "unit", "low", "high", "samples", "goal")),
+               note=item["note"] if "of commit" in item["note"] else f"{item['note']} (of commit {before['commit']})")
+        for item in before["figures"]
+        if item["name"] not in new
+    ]  # fmt: skip
+    write_result(name, seed, [*figures, *kept])
+
+
 def write_result(name: str, seed: str, figures: Sequence[Figure]) -> None:
     """Write the figures to results/`name`.json."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
