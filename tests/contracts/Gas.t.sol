@@ -2,6 +2,7 @@
 pragma solidity 0.8.30;
 
 import {HandOver} from "../../contracts/interfaces/IOutputVerification.sol";
+import {Assignment} from "../../contracts/types/Assignment.sol";
 import {PlanId, RequestId} from "../../contracts/types/Identifiers.sol";
 import {Swarm} from "./Swarm.sol";
 
@@ -50,6 +51,19 @@ contract GasTest is Swarm {
         for (uint256 i = 0; i < size; i++) {
             document[i] = 0xff;
         }
+    }
+
+    /// @dev What a requester pays who chooses the route, beside `open` and `route` by the publisher.
+    function test_gas_openRouted() public {
+        _deployNetwork();
+        _addNodes(0, NODES);
+        PlanId plan = _newPlan(STAGES);
+        (Assignment[] memory route, bytes32[][] memory proofs) = _routeOver(plan, new uint16[](STAGES));
+        uint256 due = escrow.quote(plan, 64, 64);
+        vm.deal(requester, due);
+        vm.prank(requester);
+        escrow.openRouted{value: due}(plan, 1, keccak256("input"), keccak256("secret"), 64, 64, route, proofs);
+        vm.snapshotGasLastCall("Operators", "openRouted, 4 stages");
     }
 
     function test_gas_disputes() public {
