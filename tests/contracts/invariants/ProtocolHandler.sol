@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 pragma solidity 0.8.30;
 
-import {IInferenceEscrow, RequestStatus} from "../../../contracts/interfaces/IInferenceEscrow.sol";
+import {IInferenceEscrow, Replacement, RequestStatus} from "../../../contracts/interfaces/IInferenceEscrow.sol";
 import {NodeAccount, NodeStatus, SlashReason} from "../../../contracts/interfaces/INodeRegistry.sol";
 import {
     Attestation,
@@ -45,10 +45,11 @@ abstract contract ProtocolHandler is Swarm {
         WithdrawStake,
         Repair,
         Wait,
-        Dispute
+        Dispute,
+        Replace
     }
 
-    uint256 public constant ACTIONS = 22;
+    uint256 public constant ACTIONS = 23;
     uint256 private constant HONEST = 6;
     uint256 private constant STAGES = 2;
     uint256 private constant R = 32;
@@ -133,6 +134,7 @@ abstract contract ProtocolHandler is Swarm {
 
     function _performOn(Action action, RequestId id, uint256 seed) private {
         if (action == Action.Route) _routeSomehow(id, seed);
+        else if (action == Action.Replace) _replaceSome(id, seed);
         else if (action == Action.Commit) _commitSome(id, seed);
         else if (action == Action.Draw) _drawSomehow(id, seed);
         else if (action == Action.RenewEntropy) _renew(id);
@@ -173,6 +175,10 @@ abstract contract ProtocolHandler is Swarm {
         Phase phase = state.phase;
         if (action == Action.Route) return status == RequestStatus.Open;
         if (action == Action.Commit) return status == RequestStatus.Routed;
+        if (action == Action.Replace) {
+            (uint16 stage,) = _replaceable(id, 0);
+            return status == RequestStatus.Routed && stage < STAGES;
+        }
         if (action == Action.Draw || action == Action.RenewEntropy) return phase == Phase.AwaitingDraw;
         if (action == Action.Attest) return phase == Phase.Attesting;
         if (action == Action.Reveal) return phase == Phase.Revealing && block.timestamp <= state.revealDeadline;
@@ -249,6 +255,61 @@ abstract contract ProtocolHandler is Swarm {
         vm.prank(publisher);
         escrow.route(id, route, proofs);
         _ledger.routed(id);
+    }
+
+    /// @dev A stage that has not committed, and another replica that could take it: `STAGES` if there is none.
+    function _replaceable(RequestId id, uint256 seed) private view returns (uint16 stage, uint16 replica) {
+        PlanId plan = escrow.requestOf(id).planId;
+        for (uint16 i = 0; i < STAGES; i++) {
+            stage = uint16((seed + i) % STAGES);
+            if (_executorOf(id, stage) == address(0) || verification.stageRecordOf(id, stage).commitment != 0) {
+                continue;
+            }
+            for (uint16 j = 0; j < 3; j++) {
+                replica = uint16(((seed >> 8) + j) % 3);
+                address node = _assignmentOf(plan, stage, replica).node;
+                if (node != _executorOf(id, stage) && registry.statusOf(node) == NodeStatus.Active) {
+                    return (stage, replica);
+                }
+            }
+        }
+        return (uint16(STAGES), 0);
+    }
+
+    function _assignmentOf(PlanId plan, uint16 stage, uint16 replica) private view returns (Assignment memory) {
+        uint16[] memory replicas = new uint16[](STAGES);
+        replicas[stage] = replica;
+        (Assignment[] memory route,) = _routeOver(plan, replicas);
+        return route[stage];
+    }
+
+    /// @dev Its requester and the node of the other stage, the one before it on a ring of two, agree that it stopped.
+    function _replaceSome(RequestId id, uint256 seed) private {
+        (uint16 stage, uint16 replica) = _replaceable(id, seed);
+        uint16[] memory replicas = new uint16[](STAGES);
+        replicas[stage] = replica;
+        (Assignment[] memory route, bytes32[][] memory proofs) = _routeOver(escrow.requestOf(id).planId, replicas);
+        address old = _executorOf(id, stage);
+        bytes32 digest = _typedDigest(
+            "bsns InferenceEscrow",
+            address(escrow),
+            keccak256(
+                abi.encode(
+                    keccak256("StageReplacement(bytes32 requestId,uint16 stage,address replaced,address node)"),
+                    id,
+                    stage,
+                    old,
+                    route[stage].node
+                )
+            )
+        );
+        (uint8 v, bytes32 r, bytes32 s) = vm.sign(uint256(keccak256(abi.encodePacked("requester"))), digest);
+        uint256 witness = _indexOf(_executorOf(id, 1 - stage));
+        Replacement[] memory list = new Replacement[](1);
+        list[0] = Replacement(route[stage], proofs[stage], old, abi.encodePacked(r, s, v), _sign(witness, digest));
+        escrow.replaceStages(id, list);
+        assertEq(_executorOf(id, stage), route[stage].node, "the new node serves");
+        _ledger.serves(id, stage);
     }
 
     function _commitSome(RequestId id, uint256 seed) private {

@@ -66,11 +66,16 @@ contract ProtocolLedger is Swarm {
 
     function routed(RequestId id) external {
         for (uint16 stage = 0; stage < STAGES; stage++) {
-            address node = _executor(id, stage);
-            NodeAccount memory account = registry.accountOf(node);
-            _bondedAtRoute[id][stage] = account.staked - account.thawing;
-            _slashedAtRoute[id][stage] = _slashedOf(_indexOf(node));
+            serves(id, stage);
         }
+    }
+
+    /// A node has the stage from now on.
+    function serves(RequestId id, uint16 stage) public {
+        address node = _executor(id, stage);
+        NodeAccount memory account = registry.accountOf(node);
+        _bondedAtRoute[id][stage] = account.staked - account.thawing;
+        _slashedAtRoute[id][stage] = _slashedOf(_indexOf(node));
     }
 
     function withheldBy(RequestId id, uint16 stage) external {
