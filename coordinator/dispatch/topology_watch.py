@@ -34,6 +34,7 @@ SNAPSHOTS_KEPT: Final = 1_024
 """Of each model; the oldest go. With one a minute these are 17 hours of change."""
 CLASSES_COMPARED: Final = 64
 """Of each model, the newest; a network that is like none of them is the first of a class."""
+LEAVING: Final = 1.5
 _log = structlog.get_logger(__name__)
 
 
@@ -94,7 +95,8 @@ class TopologyWatch:
         except PlanningError as error:  # a node whose measurements the publication leaves out, too
             _log.warning("no_topology", model=publication.manifest.name, reason=str(error))
             return None
-        number, distance = class_of(snapshot, self._storage.topology_classes(model, CLASSES_COMPARED))
+        classes = self._storage.topology_classes(model, CLASSES_COMPARED)
+        number, distance = class_of(snapshot, classes, None if seen is None else seen.number)
         self._storage.keep_topology(TopologySnapshot(model, now, number, snapshot), keep=SNAPSHOTS_KEPT)
         self._seen[model] = _Seen(what, number)
         _log.info(
@@ -120,11 +122,17 @@ def network_of(measured: Sequence[NodeMeasurements], graph: ModelGraph, prior: L
     return Topology.of(Chain(Problem(graph, nodes, planning_links(measured, prior=prior), Objective.LATENCY, terms)))
 
 
-def class_of(snapshot: Snapshot, classes: Sequence[tuple[int, Snapshot]]) -> tuple[int, float]:
+def class_of(
+    snapshot: Snapshot, classes: Sequence[tuple[int, Snapshot]], current: int | None = None
+) -> tuple[int, float]:
     """(number of the class, distance from its first member), the next number and 1 if `snapshot` is the first of one.
-    `classes` are numbers with first members.
+    `classes` are numbers with first members. A network leaves the `current` class only beyond `LEAVING` times the
+    radius: measurements waver, and each change is a reason to plan.
     """
-    nearest = min(((wasserstein(first, snapshot), number) for number, first in classes), default=None)
+    distances = {number: wasserstein(first, snapshot) for number, first in classes}
+    if current in distances and distances[current] <= LEAVING * RADIUS:
+        return current, distances[current]
+    nearest = min(((distance, number) for number, distance in distances.items()), default=None)
     if nearest is not None and nearest[0] <= RADIUS:
         return nearest[1], nearest[0]
     return max((number for number, _ in classes), default=-1) + 1, 1.0

@@ -147,6 +147,11 @@ def test_class_is_that_of_the_nearest_first_member_or_the_next() -> None:
 
     classes = [(0, line(0.01)), (4, line(0.1))]
     assert topology_watch.class_of(line(0.105), classes)[0] == 4
+    # A little beyond the radius: a network that was of the class stays in it, another one is not.
+    assert topology_watch.class_of(line(0.118), classes, current=4)[0] == 4
+    assert topology_watch.class_of(line(0.118), classes)[0] == 5
+    assert topology_watch.class_of(line(0.130), classes, current=4)[0] == 5
+    assert topology_watch.class_of(line(0.105), classes, current=7)[0] == 4
     number, distance = topology_watch.class_of(line(1.0), classes)
     assert (number, distance) == (5, 1.0)
     assert topology_watch.class_of(line(1.0), [])[0] == 0
