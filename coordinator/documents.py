@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any, Final, TypeVar, cast
 
 _BYTES_TAG: Final = "$bytes"
+_DECODED: Final = 8_192
 _T = TypeVar("_T")
 
 
@@ -41,7 +42,13 @@ def encode_record(record: Any) -> str:
 
 def decode_record(record_type: type[_T], text: str) -> _T:
     """The dataclass behind `text`; DocumentError if it is of another release."""
-    return cast(_T, _typed(record_type, json.loads(text)))
+    return cast(_T, _decoded(cast(Any, record_type), text))
+
+
+@lru_cache(maxsize=_DECODED)
+def _decoded(record_type: type, text: str) -> Any:
+    """Records are frozen, and those that stand still are read again and again."""
+    return _typed(record_type, json.loads(text))
 
 
 def _to_json(value: Any) -> Any:

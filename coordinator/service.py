@@ -30,7 +30,6 @@ from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainUnavailableError, ContractError, UnknownBlockError
 from bsns.chain.signer import Signer
 from bsns.planning import Link
-from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import ModelId
 from bsns.protocol.manifest import ManifestError, ModelManifest
 from bsns.protocol.model_graph import ModelGraph
@@ -39,11 +38,11 @@ from bsns.v1 import coordination_pb2, coordination_pb2_grpc
 from coordinator.chain_follower import ChainFollower
 from coordinator.coordination_service import NodeCoordinationServicer
 from coordinator.dispatch import NodePool, NodeStandings, PlanPublication, RequestRouting, TopologyWatch
-from coordinator.network_state import RequestState
 from coordinator.settings import CoordinatorSettings, SettingsError, load_deployment, load_key
 from coordinator.storage import AnotherWriterError, Storage, StorageUnavailableError, migrate
 from coordinator.transaction_outbox import TransactionOutbox
-from coordinator.verification_desk import VerificationRules, VerificationView, wanted_intents
+from coordinator.verification_desk import VerificationRules, wanted_intents
+from coordinator.verification_views import VerificationViews
 
 _SERVICE_NAME: Final = coordination_pb2.DESCRIPTOR.services_by_name["NodeCoordination"].full_name
 _EXPECTED: Final = (ChainUnavailableError, UnknownBlockError, StorageUnavailableError)
@@ -127,6 +126,7 @@ class Coordinator:
         )
         self._health = HealthServicer()
         self._rules: VerificationRules | None = None
+        self._views = VerificationViews(chain)
 
     def stop(self) -> None:
         """End `run` in order."""
@@ -230,9 +230,10 @@ class Coordinator:
         requests = await asyncio.to_thread(lambda: self._storage.unfinished_requests(limit))
         await self.routing.step(requests, now)
         rules = await self._verification_rules()
+        self._views.keep(requests)
         for request in requests:
             try:
-                view = await self._view(request, now)
+                view = await self._views.of(request, now)
             except ContractError as error:
                 _log.warning("view_refused", request_id="0x" + request.request_id.hex(), error=str(error))
                 continue
@@ -249,19 +250,6 @@ class Coordinator:
         if self._rules is None:
             self._rules = VerificationRules.from_terms(await self._chain.call("OutputVerification", "terms"))
         return self._rules
-
-    async def _view(self, request: RequestState, now: int) -> VerificationView | None:
-        if request.status not in (RequestStatus.COMMITTED, RequestStatus.VERIFIED) or now > request.deadline:
-            return None
-        verification = await self._chain.call("OutputVerification", "verificationOf", request.request_id)
-        view = VerificationView.from_struct(verification)
-        if view.phase != Phase.REVEALING or not view.has_committee:
-            return view
-        disputed = []
-        for stage in range(len(request.stages)):
-            record = await self._chain.call("OutputVerification", "stageRecordOf", request.request_id, stage)
-            disputed.append(bool(record.disputed))
-        return VerificationView.from_struct(verification, tuple(disputed))
 
     # -------------------------------------------------------------------------------------------------------- server
 

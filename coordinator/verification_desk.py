@@ -45,6 +45,7 @@ class VerificationView:
     sampled: bool
     entropy_block: int
     secret_deadline: int
+    attest_deadline: int
     reveal_deadline: int
     challenge_deadline: int
     disputed: tuple[bool, ...] = ()
@@ -58,6 +59,7 @@ class VerificationView:
             sampled=bool(verification.sampled),
             entropy_block=int(verification.entropyBlock),
             secret_deadline=int(verification.secretDeadline),
+            attest_deadline=int(verification.attestDeadline),
             reveal_deadline=int(verification.revealDeadline),
             challenge_deadline=int(verification.challengeDeadline),
             disputed=disputed,

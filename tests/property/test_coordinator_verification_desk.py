@@ -64,6 +64,7 @@ def _view(phase: Phase, **changes: Any) -> VerificationView:
         "sampled": True,
         "entropy_block": 50,
         "secret_deadline": 100,
+        "attest_deadline": 110,
         "reveal_deadline": 200,
         "challenge_deadline": 300,
         "disputed": (True, True),
