@@ -34,9 +34,12 @@ _PRECISION: Final = 1e-3
 """Relative error of distances between diagrams."""
 LANDMARKS: Final = 1_000
 """Nodes that diagrams are computed of; of more, so many that lie as far from one another as can be."""
-MAXIMUM_EDGES: Final = 20_000
+MAXIMUM_EDGES: Final = 12_000
 """Pairs that may be left after collapsing: where more are, as in networks without any structure, fewer landmarks do."""
 _FEWER: Final = 0.9
+_PROBED: Final = 250
+_REGULAR: Final = 8
+"""Pairs for each of these landmarks that networks with a shape keep at the most, whatever their size."""
 MAXIMUM_BARS: Final = 256
 """Bars of a dimension that a snapshot keeps, the longest ones."""
 CLUSTER_GAP: Final = 2.0
@@ -70,7 +73,7 @@ class Topology:
 
     def snapshot(self, landmarks: int = LANDMARKS) -> Snapshot:
         """The diagrams and what is read off the spanning tree."""
-        chosen = _landmarks(self.edges, landmarks)
+        chosen = _landmarks(self.edges, min(landmarks, _affordable(self.edges)))
         diagrams = _diagrams(self.edges[np.ix_(chosen, chosen)])
         while isinstance(diagrams, int):
             share = min(_FEWER, float(np.sqrt(MAXIMUM_EDGES / diagrams)))
@@ -192,15 +195,22 @@ def bottleneck(one: Snapshot, other: Snapshot, dimension: int) -> float:
 # ------------------------------------------------------------------------------------------------------------- inside
 
 
+def _affordable(edges: Floats) -> int:
+    """How many landmarks a network can be seen by, from what collapsing leaves of a few: irregular networks keep a part
+    of all their pairs, and collapsing those of a large one would take minutes.
+    """
+    if len(edges) <= _PROBED:
+        return len(edges)
+    few = _landmarks(edges, _PROBED)
+    left = int(_collapsed(edges[np.ix_(few, few)]).num_simplices()) - _PROBED
+    if left <= _REGULAR * _PROBED:
+        return len(edges)
+    return int(_PROBED * np.sqrt(MAXIMUM_EDGES / left))
+
+
 def _diagrams(edges: Floats) -> tuple[Floats, Floats] | int:
     """The bars of both dimensions; or how many pairs are left after collapsing, if more than `MAXIMUM_EDGES`."""
-    import gudhi
-
-    # Beyond the enclosing radius one node is joined to all others, and nothing is born or dies any more.
-    radius = float(edges.max(axis=1).min())
-    limit = radius if np.isfinite(radius) else float(edges[np.isfinite(edges)].max())
-    tree = gudhi.SimplexTree.create_from_array(edges, max_filtration=limit)
-    tree.collapse_edges()
+    tree = _collapsed(edges)
     left = int(tree.num_simplices()) - len(edges)
     if left > MAXIMUM_EDGES:
         return left
@@ -208,6 +218,18 @@ def _diagrams(edges: Floats) -> tuple[Floats, Floats] | int:
     tree.compute_persistence(homology_coeff_field=2, persistence_dim_max=True)
     zero, one = (_longest(tree.persistence_intervals_in_dimension(dimension)) for dimension in (0, 1))
     return zero, one
+
+
+def _collapsed(edges: Floats) -> Any:
+    """The graph of `edges` as a gudhi.SimplexTree, with the same diagrams and fewer pairs."""
+    import gudhi
+
+    # Beyond the enclosing radius one node is joined to all others, and nothing is born or dies any more.
+    radius = float(edges.max(axis=1).min())
+    limit = radius if np.isfinite(radius) else float(edges[np.isfinite(edges)].max())
+    tree = gudhi.SimplexTree.create_from_array(edges, max_filtration=limit)
+    tree.collapse_edges()
+    return tree
 
 
 def _longest(bars: Floats) -> Floats:
