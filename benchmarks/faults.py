@@ -74,9 +74,10 @@ class Sizes:
     coordinator: int = 6
     chain: int = 4
     unserved: int = 3
+    cycles: int = 51
 
 
-QUICK: Final = Sizes(kills=9, doubles=2, freezes=2, coordinator=1, chain=1, unserved=1)
+QUICK: Final = Sizes(kills=9, doubles=2, freezes=2, coordinator=1, chain=1, unserved=1, cycles=3)
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,11 @@ class Swarm:
                     at = datetime.fromisoformat(entry["timestamp"]).timestamp()
                     found.append((at, entry["event"], entry["node"]))
         return found
+
+    def members(self) -> set[str]:
+        """The nodes that are attached, by the coordinator's log."""
+        last = {node: event for _, event, node in self.coordinator_log()}
+        return {node for node, event in last.items() if event == "node_attached"}
 
     async def whole(self) -> None:
         """Wait until every replica is up."""
@@ -407,6 +413,29 @@ class Bench:
             Figure("no replica: deposits given back", whole / count, "share", 0, 1, count, "== 1"),
         ]
 
+    async def cycles(self) -> None:
+        """Nodes of all stages are killed at once and come back, again and again; then the coordinator's view of the
+        members must be right.
+        """
+        swarm, right = self.swarm, []
+        for number in range(self.sizes.cycles // STAGES):
+            await swarm.whole()
+            killed = [swarm.replicas[stage][number % REPLICAS] for stage in range(STAGES)]
+            await asyncio.gather(*(swarm.kill(node) for node in killed))
+            await asyncio.sleep(2 * PoolLimits().heartbeat_seconds)
+            # None of them has started again so soon.
+            right.append(swarm.members() == set(swarm.children) - set(killed))
+            await swarm.whole()
+            right.append(swarm.members() == set(swarm.children))
+            print(
+                f"{STAGES * (number + 1)} kills and returns, the members were right {sum(right)} of {len(right)} times",
+                flush=True,
+            )
+        self.figures.append(
+            Figure("members: right two heartbeats after kills, and after returns", sum(right) / len(right), "share",
+                   0, 1, len(right), "== 1", f"{STAGES} nodes at once")
+        )  # fmt: skip
+
     async def _kill_replicas(self, _route: list[str], stage: int) -> None:
         # One that is back within the time that a route waits would take its stage over again.
         await asyncio.gather(*(self.swarm.kill(node, restart=False) for node in self.swarm.replicas[stage]))
@@ -433,7 +462,7 @@ class Bench:
                     )
                 )  # fmt: skip
 
-    def members(self) -> None:
+    def follow_members(self) -> None:
         """How fast the coordinator's view of the members follows."""
         log = self.swarm.coordinator_log()
         heartbeats = f"<= {2 * PoolLimits().heartbeat_seconds}"
@@ -473,7 +502,7 @@ class Bench:
         plt.close(figure)
 
 
-SECTIONS: Final = ("kills", "doubles", "freezes", "coordinator", "chain", "unserved")
+SECTIONS: Final = ("kills", "doubles", "freezes", "coordinator", "chain", "unserved", "cycles")
 
 
 async def run(seed: int, sizes: Sizes, sections: Sequence[str]) -> bool:
@@ -485,7 +514,7 @@ async def run(seed: int, sizes: Sizes, sections: Sequence[str]) -> bool:
             await getattr(bench, section)()
         await swarm.whole()
     bench.summarise()
-    bench.members()
+    bench.follow_members()
     if sizes is not QUICK and tuple(sections) == SECTIONS:
         write_result("faults", str(seed), bench.figures)
         bench.draw()

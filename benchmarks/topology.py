@@ -225,7 +225,7 @@ def draw_diagrams(axes: Sequence[Any], nodes: int) -> None:
             finite, ("tab:blue", "tab:orange"), ("o", "^"), ("H0: clusters", "H1: rings"), strict=True
         ):
             panel.scatter(bars[:, 0], bars[:, 1], s=14, alpha=0.6, c=colour, marker=marker, label=label)
-        panel.set(title=f"{family}, {nodes} nodes\n{snapshot.cluster_count} clusters", xlabel="birth, ms",
+        panel.set(title=f"{family}, {nodes} nodes\nclusters: {snapshot.cluster_count}", xlabel="birth, ms",
                   xlim=(0, top), ylim=(0, top), aspect="equal")  # fmt: skip
     axes[0].set(ylabel="death, ms")
     axes[0].legend(loc="lower right")
@@ -252,7 +252,7 @@ def draw_swarm(axes: Any, family: str, nodes: int) -> None:
     for place, node in zip(at, topology.nodes, strict=True):
         if node in stage_of:
             axes.annotate(str(stage_of[node]), place, ha="center", va="center", fontsize=7, color="white", zorder=3)
-    axes.set(title=f"{family}, {nodes} nodes: {snapshot.cluster_count} clusters, {len(plan.stages)} stages on "
+    axes.set(title=f"{family}, {nodes} nodes, clusters: {snapshot.cluster_count}; {len(plan.stages)} stages on "
                    f"{int(serving.sum())} nodes", xlabel="ms, one way", ylabel="ms", aspect="equal")  # fmt: skip
 
 

@@ -106,6 +106,8 @@ class RequestLimits:
     evidence_s: float = 60.0
     silence_s: float = 0.4
     """So long no token, and the nodes are asked whether they are there."""
+    choice_s: float = 3.0
+    """Where the requester chooses its route: a node that does not answer within this time is not chosen."""
     probe_s: float = 0.35
     """A node that does not answer that within this time is taken for dead, and replaced."""
     commitments_s: float = 8.0
@@ -488,7 +490,7 @@ class Client:
         async with _chain_errors():
             standby = await self._read_standby(plan_id)
             route = await choose_route(
-                standby, wishes, self._backoff, may_serve=may_serve, timeout_s=self._limits.connect_s
+                standby, wishes, self._backoff, may_serve=may_serve, timeout_s=self._limits.choice_s
             )
         return tuple(item.as_tuple() for item in route), tuple(standby.plan.proof(item) for item in route)
 
