@@ -22,6 +22,7 @@ _GROWTH: Final = 1.3
 """Sizes that are looked at grow by this factor."""
 _CENTRES: Final = 4
 """Centres that are kept for each size and number of stages."""
+_SCALE: Final = 2**50
 _SIMILAR: Final = 0.8
 """Neighbourhoods that share this part of the larger one count as one."""
 
@@ -43,7 +44,7 @@ def neighbourhoods(chain: Chain, hops: Integers, stage_counts: Sequence[int]) ->
     np.fill_diagonal(both, 0)
     order = np.argsort(both, axis=1, kind="stable")
     away = np.take_along_axis(both, order, axis=1)
-    row = chain.prefix[:, -1].astype(np.float64)
+    row = chain.prefix[:, -1]
     found: list[tuple[float, int, int, int]] = []
     for size in _sizes(chain):
         radius = away[:, size - 1]
@@ -73,18 +74,17 @@ def _sizes(chain: Chain) -> list[int]:
     return [*sizes, chain.nodes]
 
 
-def _estimate(
-    chain: Chain, row: NDArray[np.float64], room: Integers, count: int, radius: Integers
-) -> NDArray[np.float64]:
+def _estimate(chain: Chain, row: Integers, room: Integers, count: int, radius: Integers) -> NDArray[np.float64]:
     """Nanoseconds of a stage by candidate (the first axis): each node has 1/count of a row, and of all nodes with room
     for that a stage has 1/count. A hop counts the way from the centre to the last node: some pairs are further apart,
-    most nearer."""
+    most nearer. Rates are integers, so that their sum is the same on any machine.
+    """
     hop = radius[:, None] * (2 if count > 1 else 0)
     fits = room * count >= chain.units
-    rate = np.where(fits, 1.0 / (row / count + hop), 0.0)
+    rate = np.where(fits, _SCALE // np.maximum(row // count + hop, 1), 0)
     enough = fits.sum(axis=1) >= count * chain.problem.terms.replicas
-    total = np.where(enough, rate.sum(axis=1), 1.0)
-    return np.where(enough, count / total, np.inf)
+    total = np.maximum(rate.sum(axis=1), 1)
+    return np.where(enough, count * float(_SCALE) / total, np.inf)
 
 
 def _is_similar(one: Neighbourhood, other: Neighbourhood) -> bool:
