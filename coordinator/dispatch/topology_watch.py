@@ -34,6 +34,8 @@ SNAPSHOTS_KEPT: Final = 1_024
 """Of each model; the oldest go. With one a minute these are 17 hours of change."""
 CLASSES_COMPARED: Final = 64
 """Of each model, the newest; a network that is like none of them is the first of a class."""
+LANDMARKS: Final = 250
+"""Nodes that a snapshot is computed of. More take minutes where hardly a link was measured and all others are alike."""
 LEAVING: Final = 1.5
 _log = structlog.get_logger(__name__)
 
@@ -91,7 +93,9 @@ class TopologyWatch:
             return None
         began = time.perf_counter()
         try:
-            snapshot = network_of(measured, ModelGraph.of_manifest(publication.manifest), self._prior).snapshot()
+            snapshot = network_of(measured, ModelGraph.of_manifest(publication.manifest), self._prior).snapshot(
+                LANDMARKS
+            )
         except PlanningError as error:  # a node whose measurements the publication leaves out, too
             _log.warning("no_topology", model=publication.manifest.name, reason=str(error))
             return None
