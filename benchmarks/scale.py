@@ -30,13 +30,13 @@ from bsns.planning.measured import planning_links
 from bsns.planning.problem import Link, PlanningError
 from bsns.planning.rebalancing import MoveTerms, rebalance
 from bsns.planning.routing import Availability, RouteTable
+from bsns.planning.topology import Topology
 from bsns.protocol.identifiers import ModelId, address
 from bsns.protocol.measurements import LinkTiming, NodeMeasurements, UnitTiming
 from bsns.protocol.model_graph import MODEL_INPUT, ModelGraph, Operator, Parameter, Tensor
 from bsns.v1 import coordination_pb2
 from coordinator.chain_follower import ChainFollower, FollowerLimits
 from coordinator.dispatch.node_pool import NodePool, PoolLimits
-from coordinator.dispatch.topology_watch import network_of
 from coordinator.storage import Storage, migrate
 from tests.simulated_chain import GENESIS_TIME, SimulatedChain
 
@@ -211,7 +211,7 @@ class Fleet:
         problem = Problem(graph, stayed, links, terms=terms)
         self._time("judge the plan after churn, s", lambda: rebalance(plan, problem, MoveTerms()))
         measured = {item.node: item for item in known}
-        network = self._time("network from measurements, s", lambda: network_of(known, graph, prior))
+        network = self._time("network from measurements, s", lambda: Topology.measured(known, graph, prior))
         self._time("diagrams of the network, s", network.snapshot)
         table = self._time("table of routes, s", lambda: RouteTable.of(plan, graph, measured, prior=prior))
         now = {item.node: Availability() for item in plan.assignments}

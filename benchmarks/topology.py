@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
+from unittest import mock
 
 import numpy as np
 
@@ -36,10 +37,11 @@ LEARNT: Final = {20: 4, 60: 4, 200: 4, 1_000: 1}
 TESTED: Final = {20: 4, 60: 4, 200: 3, 1_000: 1}
 _FIRST_LEARNT: Final = 1_000
 COST_GOAL, TIME_GOAL = 1.10, 0.10
-ALWAYS, BY_HOMOLOGY, BY_FEATURES, BY_CHANCE = "always plan", "schema by homology", "schema by features", "any schema"
+ALWAYS, WITHOUT = "always plan", "always plan, no neighbourhoods"
+BY_HOMOLOGY, BY_FEATURES, BY_CHANCE = "schema by homology", "schema by features", "any schema"
 QUICK, STARTS = "short search from the best start", "best start, no search"
 GREEDY, SHORTEST, RANDOM = "greedy recursion", "shortest path", "random placement"
-WAYS: Final = (ALWAYS, BY_HOMOLOGY, BY_FEATURES, BY_CHANCE, QUICK, STARTS, GREEDY, SHORTEST, RANDOM)
+WAYS: Final = (ALWAYS, WITHOUT, BY_HOMOLOGY, BY_FEATURES, BY_CHANCE, QUICK, STARTS, GREEDY, SHORTEST, RANDOM)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Bench:
                 found[name] = (float(looked_up.partition.value_ns), seconds, True)
         rng = random.Random(seed)
         for name, way in (
+            (WITHOUT, lambda: without_neighbourhoods(problem)),
             (QUICK, lambda: sequential.quick(Chain(problem))),
             (STARTS, lambda: sequential.quick(Chain(problem), proposals=0)),
             (GREEDY, lambda: sequential.recursion(problem)),
@@ -152,9 +155,14 @@ class Bench:
         groups = [self.samples[at : at + len(WAYS)] for at in range(0, len(self.samples), len(WAYS))]
         return [(sample, min(item.value_ns for item in group)) for group in groups for sample in group]
 
-    def over_always(self, way: str, of: Callable[[Sample], float]) -> list[float]:
+    def over_always(
+        self, way: str, of: Callable[[Sample], float], which: Callable[[Sample], bool] = lambda _: True
+    ) -> list[float]:
+        """`of` the samples of a way for `which` that holds, over that of always planning."""
         groups = [self.samples[at : at + len(WAYS)] for at in range(0, len(self.samples), len(WAYS))]
-        return [of(next(item for item in group if item.way == way)) / of(group[0]) for group in groups]
+        pairs = [(next(item for item in group if item.way == way), group[0]) for group in groups]
+        ratios = [of(item) / of(always) for item, always in pairs if which(item)]
+        return [item for item in ratios if math.isfinite(item)]
 
     def figures(self) -> list[Figure]:
         found = []
@@ -164,23 +172,57 @@ class Bench:
                 Figure(f"{way}: slowest stage over the best known", statistics.fmean(costs), "ratio", min(costs),
                        max(costs), len(costs), None, f"{len(self.costs(way)) - len(costs)} networks without a plan")
             )  # fmt: skip
-        for way in (BY_HOMOLOGY, BY_FEATURES, BY_CHANCE, QUICK):
-            for name, of, goal in (
-                ("slowest stage", lambda item: item.value_ns, COST_GOAL),
-                ("time to plan", lambda item: item.seconds, TIME_GOAL),
-            ):
-                ratios = [item for item in self.over_always(way, of) if math.isfinite(item)]
-                found.append(
-                    Figure(f"{way}: {name} over always planning", statistics.fmean(ratios), "ratio", min(ratios),
-                           max(ratios), len(ratios), f"<= {goal}" if way == BY_HOMOLOGY else None)
-                )  # fmt: skip
+        for way in WAYS[1:]:
+            for (part, of), goal in zip(_PARTS, (COST_GOAL, TIME_GOAL), strict=True):
+                ratios = self.over_always(way, of)
+                aim = f"<= {goal}" if way == BY_HOMOLOGY else None
+                found.append(_ratio(f"{way}: {part} over always planning", ratios, aim))
+        for way in self.classes:
             looked_up = [item.looked_up for item in self.samples if item.way == way]
-            if way != QUICK:
-                found.append(
-                    Figure(f"{way}: plans that a schema gave", statistics.fmean(looked_up), "share", 0, 1,
-                           len(looked_up))
-                )  # fmt: skip
+            found.append(
+                Figure(f"{way}: plans that a schema gave", statistics.fmean(looked_up), "share", 0, 1, len(looked_up),
+                       None, f"{len(self.classes[way])} classes")
+            )  # fmt: skip
+        return [*found, *(figure for size in self.sizes for figure in self._of_size(size))]
+
+    def _of_size(self, size: int) -> list[Figure]:
+        def here(item: Sample) -> bool:
+            return item.nodes == size
+
+        def given(item: Sample) -> bool:
+            return here(item) and item.looked_up
+
+        seconds = [item.seconds for item in self.samples if here(item) and item.way == ALWAYS]
+        taken = [item.looked_up for item in self.samples if here(item) and item.way == BY_HOMOLOGY]
+        name = f"{BY_HOMOLOGY}, {size} nodes"
+        found = [
+            Figure(f"{ALWAYS}, {size} nodes: time", statistics.fmean(seconds), "s", min(seconds), max(seconds),
+                   len(seconds)),
+            Figure(f"{name}: plans that a schema gave", statistics.fmean(taken), "share", 0, 1, len(taken)),
+        ]  # fmt: skip
+        for part, of in _PARTS:
+            without = self.over_always(WITHOUT, of, here)
+            found.append(_ratio(f"{WITHOUT}, {size} nodes: {part} over always planning", without))
+            if any(taken):
+                looked_up = self.over_always(BY_HOMOLOGY, of, given)
+                found.append(_ratio(f"{name}, where one did: {part} over always planning", looked_up))
         return found
+
+
+_PARTS: Final[tuple[tuple[str, Callable[[Sample], float]], ...]] = (
+    ("slowest stage", lambda item: item.value_ns),
+    ("time to plan", lambda item: item.seconds),
+)
+
+
+def _ratio(name: str, ratios: Sequence[float], goal: str | None = None) -> Figure:
+    return Figure(name, statistics.fmean(ratios), "ratio", min(ratios), max(ratios), len(ratios), goal)
+
+
+def without_neighbourhoods(problem: Problem) -> Partition:
+    """The planner's answer when it starts from stages over all nodes alone."""
+    with mock.patch.object(sequential, "neighbourhoods", return_value=[]):
+        return sequential.solve(problem)
 
 
 def shortest_path(problem: Problem) -> Partition | None:
@@ -240,7 +282,7 @@ def draw_swarm(axes: Any, family: str, nodes: int) -> None:
     at = _placed(topology.hops) * 1e3
     plan = sequential.solve(problem)
     stage_of = {node.node: number for number, stage in enumerate(plan.stages) for node in stage.nodes}
-    for one, two in _tree_pairs(topology, snapshot):
+    for _, one, two in topology.spanning_tree:
         bridge = (one, two) in snapshot.bridges
         axes.plot(*at[[one, two]].T, color="tab:red" if bridge else "0.75", lw=2.2 if bridge else 0.8, zorder=1)
     speed = 1 / chain.prefix[:, -1]
@@ -254,16 +296,6 @@ def draw_swarm(axes: Any, family: str, nodes: int) -> None:
             axes.annotate(str(stage_of[node]), place, ha="center", va="center", fontsize=7, color="white", zorder=3)
     axes.set(title=f"{family}, {nodes} nodes, clusters: {snapshot.cluster_count}; {len(plan.stages)} stages on "
                    f"{int(serving.sum())} nodes", xlabel="ms, one way", ylabel="ms", aspect="equal")  # fmt: skip
-
-
-def _tree_pairs(topology: Topology, snapshot: Snapshot) -> list[tuple[int, int]]:
-    from scipy.sparse.csgraph import minimum_spanning_tree
-
-    edges = topology.edges.copy()
-    np.fill_diagonal(edges, 0)
-    found = minimum_spanning_tree(edges).tocoo()
-    pairs = {(min(one, two), max(one, two)) for one, two in zip(found.row.tolist(), found.col.tolist(), strict=True)}
-    return sorted(pairs | set(snapshot.bridges))
 
 
 def _placed(hops: Floats) -> Floats:

@@ -359,7 +359,6 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         if (offer.promptTokens > _maximumTokens) revert TokensOutOfRange(_maximumTokens, offer.promptTokens);
     }
 
-    /// @dev Deposits what came with the call.
     function _openOwn(
         uint256 nonce,
         PlanId planId,
@@ -382,6 +381,7 @@ contract InferenceEscrow is IInferenceEscrow, ReentrancyGuardTransient {
         _fixRoute(requestId, plan, assignments_, proofs, true);
     }
 
+    /// @dev Deposits what came with the call.
     function _open(RequestId requestId, Offer memory offer) private {
         Request storage request = _requests[requestId];
         uint64 openedAt = _now();

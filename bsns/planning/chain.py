@@ -137,10 +137,19 @@ class Chain:
         """The distinct bytes of the cuts between units, ascending."""
         return np.unique(self.cuts[1:-1])
 
-    @property
-    def usual_cut(self) -> int:
-        """The median of the bytes of the cuts between units; 0 where there is none."""
-        return int(np.sort(self.cuts[1:-1])[(self.units - 1) // 2]) if self.units > 1 else 0
+    @cached_property
+    def usual_hops(self) -> Integers:
+        """Nanoseconds over the median of the cuts between units, by sender and receiver; 0 from a node to itself."""
+        usual = int(np.sort(self.cuts[1:-1])[(self.units - 1) // 2]) if self.units > 1 else 0
+        hops = self.transfers(usual)
+        np.fill_diagonal(hops, 0)
+        return hops
+
+    @cached_property
+    def even_hop(self) -> int | None:
+        """The hop over that cut where it is the same between all nodes; None where hops differ, or there are none."""
+        apart = self.usual_hops[~np.eye(self.nodes, dtype=bool)]
+        return int(apart[0]) if apart.size and int(apart.min()) == int(apart.max()) else None
 
     @property
     def even(self) -> bool:

@@ -38,10 +38,9 @@ class Neighbourhood:
     estimate_ns: float
 
 
-def neighbourhoods(chain: Chain, hops: Integers, stage_counts: Sequence[int]) -> list[Neighbourhood]:
-    """The most promising ones, the best first. `hops` are nanoseconds between nodes, by sender and receiver."""
-    both = np.maximum(hops, hops.T)
-    np.fill_diagonal(both, 0)
+def neighbourhoods(chain: Chain, stage_counts: Sequence[int]) -> list[Neighbourhood]:
+    """The most promising ones, the best first."""
+    both = np.maximum(chain.usual_hops, chain.usual_hops.T)
     order = np.argsort(both, axis=1, kind="stable")
     away = np.take_along_axis(both, order, axis=1)
     row = chain.prefix[:, -1]

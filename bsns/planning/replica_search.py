@@ -87,10 +87,7 @@ class ReplicaSearch:
         self._stages, self._assignments = chain.problem.maximum_stages, terms.maximum_assignments
         self._prefix: list[list[int]] = chain.prefix.tolist()
         self._reach: list[list[int]] = chain.reach.tolist()
-        self._hop = chain.transfers(chain.usual_cut)
-        np.fill_diagonal(self._hop, 0)
-        off = self._hop[~np.eye(chain.nodes, dtype=bool)]
-        self._even_hop = int(off[0]) if off.size and int(off.min()) == int(off.max()) else None
+        self._hop, self._even_hop = chain.usual_hops, chain.even_hop
         self._random = np.random.RandomState(seed)  # its stream is frozen, so plans stay reproducible
         self._tick = tick
         self._streams = bool(chain.host.any())

@@ -8,6 +8,7 @@ orders.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -137,9 +138,8 @@ class _Run:
         if best is not None:
             best = self._spread(best)
         if problem.terms.spread_leftover and chain.nodes > problem.terms.replicas:
-            starts = [best, *self._everywhere()]
-            near = self._neighbourhoods()
-            best = self._accept([*starts, *near, *self._searched(starts, near, lower)])
+            starts, near = self._ranked([best, *self._everywhere()]), self._ranked(self._neighbourhoods())
+            best = self._accept([*starts[:1], *near[:1], *self._searched(starts, near, lower)])
         if best is None and not self._exact:
             raise problem.infeasible()
         if best is not None and (self._value(best) == lower or not self._exact or self._late()):
@@ -187,17 +187,16 @@ class _Run:
 
     def _accept(self, candidates: Sequence[Stages | None]) -> Stages | None:
         """The best of those that are partitions."""
-        best: tuple[int, Stages] | None = None
+        return next(iter(self._ranked(candidates)), None)
+
+    def _ranked(self, candidates: Sequence[Stages | None]) -> list[Stages]:
+        """Those that are partitions, the best first, of equal ones the earlier."""
+        found: list[tuple[int, Stages]] = []
         for stages in candidates:
-            if stages is None:
-                continue
-            try:
-                value = self._value(stages)
-            except PlanningError:
-                continue
-            if best is None or value < best[0]:
-                best = (value, stages)
-        return None if best is None else best[1]
+            if stages is not None:
+                with contextlib.suppress(PlanningError):
+                    found.append((self._value(stages), stages))
+        return [stages for _, stages in sorted(found, key=lambda item: item[0])]
 
     def _spread(self, stages: Stages) -> Stages:
         if not self._problem.terms.spread_leftover:
@@ -211,12 +210,10 @@ class _Run:
     def _neighbourhoods(self) -> list[Stages | None]:
         """Stages on nodes near one another, where links differ."""
         chain = self._chain
-        hops = chain.transfers(chain.usual_cut)
-        apart = hops[~np.eye(chain.nodes, dtype=bool)]
-        if chain.units < 2 or int(apart.min()) == int(apart.max()) or chain.host.any() or self._late():
+        if chain.nodes < 2 or chain.even_hop is not None or chain.host.any() or self._late():
             return []
         counts = [count for count in _STAGE_COUNTS if self._may_have(count)]
-        return [self._replicated(item.stage_count, item.nodes) for item in neighbourhoods(chain, hops, counts)]
+        return [self._replicated(item.stage_count, item.nodes) for item in neighbourhoods(chain, counts)]
 
     def _may_have(self, count: int) -> bool:
         problem = self._problem
@@ -250,25 +247,19 @@ class _Run:
                 members[number].append(node)
         return [(cuts[number], cuts[number + 1], tuple(members[number])) for number in range(count)]
 
-    def _searched(self, starts: Sequence[Stages | None], near: Sequence[Stages | None], lower: int) -> list[Stages]:
-        """What the local search makes of the best of `starts` and of `near`; nothing where one of them is the optimum.
-        Many are improved a little, those that came out best as far as the search goes.
+    def _searched(self, starts: Sequence[Stages], near: Sequence[Stages], lower: int) -> list[Stages]:
+        """What the local search makes of the best of `starts` and of `near`, the best of each first; nothing where one
+        of them is the optimum. Many are improved a little, those that came out best as far as the search goes.
         """
-        ranked = [self._ranked(starts), self._ranked(near)]
-        if any(item and self._value(item[0]) <= lower for item in ranked) or self._late():
+        if any(self._value(stages) <= lower for stages in (*starts[:1], *near[:1])) or self._late():
             return []
         search = ReplicaSearch(self._chain, seed=self._seed, tick=self._late)
         improved = [
             search.improve(stages, proposals=QUICK_PROPOSALS, warmth=0.0)
-            for item in ranked
-            for stages in item[:_IMPROVED]
+            for stages in (*starts[:_IMPROVED], *near[:_IMPROVED])
         ]
         improved.sort(key=self._value)
         return [*improved[:1], *(search.improve(stages) for stages in improved[:_SEARCHED])]
-
-    def _ranked(self, candidates: Sequence[Stages | None]) -> list[Stages]:
-        """Those that are partitions, the best first."""
-        return sorted((found for item in candidates if (found := self._accept([item])) is not None), key=self._value)
 
     def _finish(self, stages: Stages, lower: int, bound: str, solver: str) -> Partition:
         if self._problem.objective is Objective.LATENCY:

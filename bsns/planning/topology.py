@@ -15,8 +15,8 @@ weights have to be in the filtration.) Dimension 0 dies along the edges of the m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final
@@ -24,9 +24,15 @@ from typing import Any, Final
 import numpy as np
 from eth_typing import ChecksumAddress
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from bsns.planning.chain import NEVER, Chain
-from bsns.planning.problem import SECOND_NS
+from bsns.planning.measured import planning_links, planning_node
+from bsns.planning.problem import MAXIMUM_TOTAL, SECOND_NS, Link, Objective, Problem, Terms
+from bsns.protocol.identifiers import address
+from bsns.protocol.measurements import NodeMeasurements
+from bsns.protocol.model_graph import ModelGraph
 
 Floats = NDArray[np.float64]
 
@@ -57,12 +63,22 @@ class Topology:
     @classmethod
     def of(cls, chain: Chain) -> Topology:
         """Of a planning problem: a hop is the mean of both directions with the bytes of the usual cut."""
-        sent = chain.transfers(chain.usual_cut)
+        sent = chain.usual_hops
         hops = (sent + sent.T) / (2 * SECOND_NS)
         hops[(sent >= NEVER) | (sent.T >= NEVER)] = np.inf
-        np.fill_diagonal(hops, 0.0)
         births = chain.prefix[:, -1] / (chain.units * SECOND_NS)
         return cls(tuple(node.node for node in chain.problem.nodes), hops, births)
+
+    @classmethod
+    def measured(cls, measurements: Sequence[NodeMeasurements], graph: ModelGraph, prior: Link) -> Topology:
+        """Of nodes with these measurements, for hops of the model of `graph`; `prior` stands for links that nobody
+        measured. PlanningError for measurements that cannot be planned with.
+        """
+        # Whether the model fits does not matter to the network's shape.
+        nodes = tuple(replace(planning_node(item), memory_bytes=MAXIMUM_TOTAL) for item in measurements)
+        terms = Terms(concurrent_sessions=0, session_tokens=0)
+        links = planning_links(measurements, prior=prior)
+        return cls.of(Chain(Problem(graph, nodes, links, Objective.LATENCY, terms)))
 
     @cached_property
     def edges(self) -> Floats:
@@ -70,6 +86,15 @@ class Topology:
         later = np.maximum(self.births[:, None], self.births[None, :])
         table: Floats = np.maximum(self.hops, later)
         return table
+
+    @cached_property
+    def spanning_tree(self) -> list[tuple[float, int, int]]:
+        """(birth, node, node) of each edge of the minimum spanning tree, or forest, by birth."""
+        table = self.edges + 1.0  # an edge of 0 counts as none
+        np.fill_diagonal(table, np.inf)
+        tree = minimum_spanning_tree(table).tocoo()
+        pairs = zip(np.minimum(tree.row, tree.col).tolist(), np.maximum(tree.row, tree.col).tolist(), strict=True)
+        return sorted((float(self.edges[one, two]), one, two) for one, two in pairs)
 
     def snapshot(self, landmarks: int = LANDMARKS) -> Snapshot:
         """The diagrams and what is read off the spanning tree."""
@@ -79,11 +104,10 @@ class Topology:
             share = min(_FEWER, float(np.sqrt(MAXIMUM_EDGES / diagrams)))
             chosen = _landmarks(self.edges, int(len(chosen) * share))
             diagrams = _diagrams(self.edges[np.ix_(chosen, chosen)])
-        tree = _spanning_tree(self.edges)
-        cut = _gap(tree)
+        tree, cut = self.spanning_tree, _gap(self.spanning_tree)
         away = ~np.eye(len(self.nodes), dtype=bool) & np.isfinite(self.hops)
         return Snapshot(
-            node_count=len(self.nodes),
+            nodes=self.nodes,
             landmark_count=len(chosen),
             diagrams=diagrams,
             clusters=_clusters(len(self.nodes), [(one, two) for birth, one, two in tree if birth < cut]),
@@ -95,18 +119,22 @@ class Topology:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A network at one moment, in seconds. `diagrams[d]` has the bars of dimension d, births and deaths, an infinite
-    death for what never dies: shape (bars, 2), the longest first. `clusters[i]` is the number of node i's cluster, the
-    largest is 0; `bridges` are the pairs of nodes that join clusters in the minimum spanning tree.
+    """A network of `nodes` at one moment, in seconds. `diagrams[d]` has the bars of dimension d, births and deaths, an
+    infinite death for what never dies: shape (bars, 2), the longest first. `clusters[i]` is the number of node i's
+    cluster, the largest is 0; `bridges` are the pairs of nodes that join clusters in the minimum spanning tree.
     """
 
-    node_count: int
+    nodes: tuple[ChecksumAddress, ...]
     landmark_count: int
     diagrams: tuple[Floats, Floats]
     clusters: tuple[int, ...]
     bridges: tuple[tuple[int, int], ...]
     mean_hop: float
     tree_length: float
+
+    @property
+    def node_count(self) -> int:
+        return len(self.nodes)
 
     @property
     def components(self) -> int:
@@ -127,9 +155,10 @@ class Snapshot:
         bars = _bounded(self.diagrams[dimension])[:count]
         return [(float(birth), float(death)) for birth, death in bars]
 
-    def persistence(self, power: float = 1.0) -> float:
-        """The lengths of all finite bars to that power, added."""
-        return float(sum((_finite(bars) ** power).sum() for bars in self.diagrams))
+    @property
+    def persistence(self) -> float:
+        """The lengths of all finite bars, added."""
+        return float(sum(np.ptp(_bounded(bars), axis=1).sum() for bars in self.diagrams))
 
     def to_json(self) -> str:
         """For storage; bars in microseconds as integers, -1 for a death that never comes."""
@@ -139,7 +168,7 @@ class Snapshot:
 
         return json.dumps(
             {
-                "node_count": self.node_count,
+                "nodes": list(self.nodes),
                 "landmark_count": self.landmark_count,
                 "diagrams": [rounded(bars) for bars in self.diagrams],
                 "clusters": list(self.clusters),
@@ -160,7 +189,7 @@ class Snapshot:
             return np.where(table < 0, np.inf, table / 1e6)
 
         return cls(
-            found["node_count"],
+            tuple(address(node) for node in found["nodes"]),
             found["landmark_count"],
             (seconds(found["diagrams"][0]), seconds(found["diagrams"][1])),
             tuple(found["clusters"]),
@@ -181,7 +210,7 @@ def wasserstein(one: Snapshot, other: Snapshot) -> float:
         wasserstein_distance(_bounded(mine), _bounded(theirs), order=1.0, internal_p=np.inf, delta=_PRECISION)
         for mine, theirs in zip(one.diagrams, other.diagrams, strict=True)
     )
-    largest = (one.persistence() + other.persistence()) / 2
+    largest = (one.persistence + other.persistence) / 2
     return min(1.0, apart / largest) if largest > 0 else 0.0
 
 
@@ -253,25 +282,6 @@ def _landmarks(edges: Floats, count: int) -> NDArray[np.intp]:
     return np.array(sorted(chosen))
 
 
-def _spanning_tree(edges: Floats) -> list[tuple[float, int, int]]:
-    """(birth, node, node) of the minimum spanning tree or forest, by birth (Prim's algorithm on the whole table)."""
-    count = len(edges)
-    found: list[tuple[float, int, int]] = []
-    outside = np.ones(count, dtype=bool)
-    nearest, parent = np.full(count, np.inf), np.full(count, -1)
-    for _ in range(count):
-        at = int(np.where(outside, nearest, np.inf).argmin())
-        if not outside[at] or not np.isfinite(nearest[at]):
-            at = int(outside.argmax())  # the first of a part that nothing joins to those before
-        else:
-            one = int(parent[at])
-            found.append((float(nearest[at]), min(one, at), max(one, at)))
-        outside[at] = False
-        closer = outside & (edges[at] < nearest)
-        nearest[closer], parent[closer] = edges[at][closer], at
-    return sorted(found)
-
-
 def _gap(tree: list[tuple[float, int, int]]) -> float:
     """Where the spanning tree is cut: at the widest step between the births of its edges in order, if it is wide."""
     births = [birth for birth, _, _ in tree]
@@ -285,25 +295,12 @@ def _gap(tree: list[tuple[float, int, int]]) -> float:
 
 
 def _clusters(count: int, edges: list[tuple[int, int]]) -> tuple[int, ...]:
-    root = list(range(count))
-
-    def find(node: int) -> int:
-        while root[node] != node:
-            root[node] = root[root[node]]
-            node = root[node]
-        return node
-
-    for one, two in edges:
-        root[find(one)] = find(two)
-    roots = [find(node) for node in range(count)]
-    ranked = sorted(set(roots), key=lambda item: (-roots.count(item), item))
-    number = {item: place for place, item in enumerate(ranked)}
-    return tuple(number[item] for item in roots)
-
-
-def _finite(bars: Floats) -> Floats:
-    length: Floats = (bars[:, 1] - bars[:, 0])[np.isfinite(bars[:, 1])]
-    return length
+    """By node the number of its cluster; the largest has the lowest, of equal ones that with the lowest node."""
+    joined = coo_array((np.ones(len(edges)), tuple(np.array(edges, dtype=int).reshape(-1, 2).T)), shape=(count, count))
+    _, labels = connected_components(joined, directed=False)
+    _, first, sizes = np.unique(labels, return_index=True, return_counts=True)
+    number = np.argsort(np.lexsort((first, -sizes)))
+    return tuple(number[labels].tolist())
 
 
 def _bounded(bars: Floats) -> Floats:

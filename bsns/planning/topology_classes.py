@@ -7,8 +7,7 @@ no more than `ACCEPTED` worse than the quick plan. Whether a lookup pays is meas
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -28,8 +27,8 @@ RADIUS: Final = 0.15
 """A network belongs to a class up to this distance from its first member."""
 MAXIMUM_CLASSES: Final = 256
 """The class that was asked for longest ago gives way."""
-POLISHING: Final = 3_000
-"""Moves of the local search that a schema's plan is given."""
+LEAVING: Final = 1.5
+"""A network that is of a class leaves it only beyond so many times the radius."""
 _ANCHORS: Final = 4
 """Nodes that are tried in the place of the schema's anchor."""
 _QUANTILES: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -90,7 +89,8 @@ class Schema:
                 best = (value, stages)
         if best is None:
             return None
-        return ReplicaSearch(chain, seed=seed, tick=lambda: False).improve(best[1], proposals=POLISHING, warmth=0.0)
+        search = ReplicaSearch(chain, seed=seed, tick=lambda: False)
+        return search.improve(best[1], proposals=sequential.QUICK_PROPOSALS, warmth=0.0)
 
     def _assigned(self, chain: Chain, away: Floats) -> Stages | None:
         stage_of = np.array([number for number, roles in enumerate(self.roles) for _ in roles])
@@ -111,21 +111,15 @@ class Schema:
         return [(self.cuts[at], self.cuts[at + 1], tuple(item)) for at, item in enumerate(members)]
 
 
-class Origin(enum.StrEnum):
-    """Where a plan came from. SCHEMA: of the nearest class; AFRESH: the planner's, a class of its own."""
-
-    SCHEMA = "schema"
-    AFRESH = "afresh"
-
-
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """A plan, the number of the class whose schema it is, and how far the network is from the class."""
+    """A plan, the number of the class whose schema it is, and how far the network is from the class: None where it is
+    the planner's, and the network the first of the class.
+    """
 
     partition: Partition
-    origin: Origin
     number: int
-    distance: float
+    distance: float | None
 
 
 @dataclass(slots=True)
@@ -174,7 +168,7 @@ class Classes:
         if found is not None:
             return found
         planned = sequential.solve(problem, seed=seed)
-        return Lookup(planned, Origin.AFRESH, self.learn(snapshot, Schema.of(planned, chain, topology)), 0.0)
+        return Lookup(planned, self.learn(snapshot, Schema.of(planned, chain, topology)), None)
 
     def look_up(self, chain: Chain, topology: Topology, snapshot: Snapshot, *, seed: int = 0) -> Lookup | None:
         """The nearest class's schema with the nodes of `chain`, or the quick plan where that is the better one. None if
@@ -196,7 +190,23 @@ class Classes:
             return None
         self._found.append(self._found.pop(at))  # asked for last
         better = found if quick is None or found.value_ns <= quick.value_ns else quick
-        return Lookup(better, Origin.SCHEMA, self._found[-1].number, distance)
+        return Lookup(better, self._found[-1].number, distance)
+
+
+def class_of(
+    snapshot: Snapshot, classes: Sequence[tuple[int, Snapshot]], current: int | None = None
+) -> tuple[int, float | None]:
+    """(number of the class, distance from its first member); the next number and None if `snapshot` is the first of
+    one. `classes` are numbers with first members. A network leaves the `current` class only beyond `LEAVING` times the
+    radius: measurements waver, and each change is a reason to plan.
+    """
+    distances = {number: wasserstein(first, snapshot) for number, first in classes}
+    if current in distances and distances[current] <= LEAVING * RADIUS:
+        return current, distances[current]
+    nearest = min(((distance, number) for number, distance in distances.items()), default=None)
+    if nearest is not None and nearest[0] <= RADIUS:
+        return nearest[1], nearest[0]
+    return max(distances, default=-1) + 1, None
 
 
 _LEAST_S: Final = 1e-4

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -80,7 +80,7 @@ from bsns.requester.settlement import Settlement, Standing
 from bsns.requester.standby import NodeBackoff, Standby
 
 if TYPE_CHECKING:
-    from bsns.chain.client import ChainClient
+    from bsns.chain.client import ChainClient, ChainEvent
 
 logger = structlog.get_logger(__name__)
 
@@ -837,18 +837,11 @@ class Client:
         return standby
 
     async def _read_standby(self, plan_id: bytes) -> Standby:
-        head = await self.chain.head()
-        events = await self.chain.events_between(
-            self.deployment.first_block,
-            head.number,
-            contract="ShardAssignments",
-            name="PlanPublished",
-            filters={"planId": plan_id},
-        )
+        events = await self._events("ShardAssignments", "PlanPublished", {"planId": plan_id})
         assignments = tuple(Assignment.from_tuple(tuple(item)) for item in events[0].arguments["assignments"])
         nodes = {item.node for item in assignments}
         plan = ShardPlan(max(item.end_unit for item in assignments), assignments)
-        return Standby(plan, await find_endpoints(self.chain, nodes, self.deployment.first_block, head.number))
+        return Standby(plan, await self._endpoints(nodes))
 
     def _settlement(self, entry: JournalEntry, on_progress: OnProgress) -> Settlement:
         def sent(name: str, receipt: Receipt) -> None:
@@ -861,8 +854,7 @@ class Client:
         """Endpoints of the route's nodes, in stage order; NotServedError if one has none."""
         stages = await self.chain.call("InferenceEscrow", "stagesOf", entry.request_id)
         nodes = [stage.node for stage in stages]
-        head = await self.chain.head()
-        known = await find_endpoints(self.chain, nodes, self.deployment.first_block, head.number)
+        known = await self._endpoints(nodes)
         for stage, node in enumerate(nodes):
             if node not in known:
                 raise UnavailableError(f"node {node} of stage {stage} has no endpoint on chain; is first_block right?")
@@ -876,15 +868,19 @@ class Client:
                 name = "RequestRefunded"
             case _:
                 return None
-        head = await self.chain.head()
-        events = await self.chain.events_between(
-            self.deployment.first_block,
-            head.number,
-            contract="InferenceEscrow",
-            name=name,
-            filters={"requestId": entry.request_id},
-        )
+        events = await self._events("InferenceEscrow", name, {"requestId": entry.request_id})
         return entry.deposit - int(events[-1].arguments["refunded"]) if events else None
+
+    async def _events(self, contract: str, name: str, filters: Mapping[str, Any]) -> tuple[ChainEvent, ...]:
+        """Those since the deployment, the oldest first."""
+        head = await self.chain.head()
+        return await self.chain.events_between(
+            self.deployment.first_block, head.number, contract=contract, name=name, filters=filters
+        )
+
+    async def _endpoints(self, nodes: Iterable[str]) -> dict[str, NodeEndpoint]:
+        head = await self.chain.head()
+        return await find_endpoints(self.chain, nodes, self.deployment.first_block, head.number)
 
     # ---------------------------------------------------------------------------------------------------------- choices
 
@@ -896,14 +892,7 @@ class Client:
             filters["modelId"] = identifiers.model_id(manifest.manifest_hash, manifest.weight_root, len(manifest.units))
         if publisher is not None:
             filters["publisher"] = identifiers.address(publisher)
-        head = await self.chain.head()
-        events = await self.chain.events_between(
-            self.deployment.first_block,
-            head.number,
-            contract="ShardAssignments",
-            name="PlanPublished",
-            filters=filters,
-        )
+        events = await self._events("ShardAssignments", "PlanPublished", filters)
         seen: set[tuple[bytes, str]] = set()
         for event in reversed(events):
             key = (ModelId(event.arguments["modelId"]), str(event.arguments["publisher"]))

@@ -365,7 +365,7 @@ class PlanPublication:
 
     def _compared(self, current: PlanState, serving: set[str]) -> tuple[_Swarm, bool]:
         """The swarm as it is, and whether the plan's nodes were others or had other times."""
-        usable, _ = self._measured(serving)
+        usable, _ = self.measured(serving)
         measured = {item.measurements.node: item.measurements for item in usable}
         swarm = _Swarm(frozenset((node, row_ns(item)) for node, item in measured.items()), self.network_class)
         record = self._storage.planning_record(current.measurements_hash)
@@ -394,7 +394,7 @@ class PlanPublication:
         clock = self._clock()
         absent = {node for node, absence in self._left_out.items() if absence.until > clock}
         present = await self.serving_nodes(now) - absent
-        usable, refused = await self._blocking(lambda: self._measured(present))
+        usable, refused = await self._blocking(lambda: self.measured(present))
         for node, reason in refused.items():
             self._leave_out(node, reason)
         minimum = self._policy.minimum_nodes if current is None else self._policy.replacement_minimum_nodes
@@ -452,7 +452,7 @@ class PlanPublication:
         self._left_out[node] = _Absence(self._clock() + seconds, seconds)
         _log.warning("node_left_out", model=self._name, node=node, reason=reason, seconds=seconds)
 
-    def _measured(self, nodes: set[str]) -> tuple[list[SignedMeasurements], dict[str, str]]:
+    def measured(self, nodes: set[str]) -> tuple[list[SignedMeasurements], dict[str, str]]:
         known = self._storage.measurements(self.model)
         return plannable([known[node] for node in sorted(nodes & set(known))], self.manifest, self._policy)
 

@@ -9,7 +9,6 @@ plans up by class does not pay (docs/topology.md).
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,9 @@ from typing import Final
 
 import structlog
 
-from bsns.planning import Link, Objective, PlanningError, Problem, Terms
-from bsns.planning.chain import Chain
-from bsns.planning.measured import planning_links, planning_node
-from bsns.planning.problem import MAXIMUM_TOTAL
-from bsns.planning.topology import Snapshot, Topology, wasserstein
-from bsns.planning.topology_classes import RADIUS
-from bsns.protocol.measurements import NodeMeasurements
+from bsns.planning import Link
+from bsns.planning.topology import Topology
+from bsns.planning.topology_classes import class_of
 from bsns.protocol.model_graph import ModelGraph
 from coordinator.dispatch.node_pool import NodePool
 from coordinator.dispatch.plan_publication import PlanPublication
@@ -36,7 +31,6 @@ CLASSES_COMPARED: Final = 64
 """Of each model, the newest; a network that is like none of them is the first of a class."""
 LANDMARKS: Final = 250
 """Nodes that a snapshot is computed of. More take minutes where hardly a link was measured and all others are alike."""
-LEAVING: Final = 1.5
 _log = structlog.get_logger(__name__)
 
 
@@ -86,19 +80,15 @@ class TopologyWatch:
     def _look(self, publication: PlanPublication, present: set[str], now: int) -> int | None:
         """The number of the network's class; None where there is nothing new."""
         model = publication.model
-        measured = [item.measurements for node, item in self._storage.measurements(model).items() if node in present]
+        usable, _ = publication.measured(present)
+        measured = [item.measurements for item in usable]
         what = frozenset((item.node, item.measured_at) for item in measured)
         seen = self._seen.get(model)
         if len(measured) < 2 or (seen is not None and seen.measured == what):
             return None
         began = time.perf_counter()
-        try:
-            snapshot = network_of(measured, ModelGraph.of_manifest(publication.manifest), self._prior).snapshot(
-                LANDMARKS
-            )
-        except PlanningError as error:  # a node whose measurements the publication leaves out, too
-            _log.warning("no_topology", model=publication.manifest.name, reason=str(error))
-            return None
+        graph = ModelGraph.of_manifest(publication.manifest)
+        snapshot = Topology.measured(measured, graph, self._prior).snapshot(LANDMARKS)
         classes = self._storage.topology_classes(model, CLASSES_COMPARED)
         number, distance = class_of(snapshot, classes, None if seen is None else seen.number)
         self._storage.keep_topology(TopologySnapshot(model, now, number, snapshot), keep=SNAPSHOTS_KEPT)
@@ -109,34 +99,8 @@ class TopologyWatch:
             nodes=snapshot.node_count,
             clusters=snapshot.cluster_count,
             network_class=number,
-            distance=round(distance, 3),
+            distance=None if distance is None else round(distance, 3),
             changed=seen is not None and seen.number != number,
             seconds=round(time.perf_counter() - began, 3),
         )
         return number
-
-
-def network_of(measured: Sequence[NodeMeasurements], graph: ModelGraph, prior: Link) -> Topology:
-    """The network of nodes with these measurements, for hops of the model of `graph`; `prior` stands for links that
-    nobody measured. PlanningError for measurements that cannot be planned with.
-    """
-    # Whether the model fits does not matter to the network's shape.
-    nodes = tuple(dataclasses.replace(planning_node(item), memory_bytes=MAXIMUM_TOTAL) for item in measured)
-    terms = Terms(concurrent_sessions=0, session_tokens=0)
-    return Topology.of(Chain(Problem(graph, nodes, planning_links(measured, prior=prior), Objective.LATENCY, terms)))
-
-
-def class_of(
-    snapshot: Snapshot, classes: Sequence[tuple[int, Snapshot]], current: int | None = None
-) -> tuple[int, float]:
-    """(number of the class, distance from its first member), the next number and 1 if `snapshot` is the first of one.
-    `classes` are numbers with first members. A network leaves the `current` class only beyond `LEAVING` times the
-    radius: measurements waver, and each change is a reason to plan.
-    """
-    distances = {number: wasserstein(first, snapshot) for number, first in classes}
-    if current in distances and distances[current] <= LEAVING * RADIUS:
-        return current, distances[current]
-    nearest = min(((distance, number) for number, distance in distances.items()), default=None)
-    if nearest is not None and nearest[0] <= RADIUS:
-        return nearest[1], nearest[0]
-    return max((number for number, _ in classes), default=-1) + 1, 1.0

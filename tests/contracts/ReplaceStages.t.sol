@@ -40,27 +40,6 @@ contract ReplaceStagesTest is Swarm {
 
     // --------------------------------------------------------------------------------------------------------- signing
 
-    function _digest(RequestId id, uint16 stage, address replaced, address node) private view returns (bytes32) {
-        return _typedDigest(
-            "bsns InferenceEscrow",
-            address(escrow),
-            keccak256(
-                abi.encode(
-                    keccak256("StageReplacement(bytes32 requestId,uint16 stage,address replaced,address node)"),
-                    id,
-                    stage,
-                    replaced,
-                    node
-                )
-            )
-        );
-    }
-
-    function _consent(bytes32 digest) private pure returns (bytes memory) {
-        (uint8 v, bytes32 r, bytes32 s) = vm.sign(uint256(keccak256(abi.encodePacked("requester"))), digest);
-        return abi.encodePacked(r, s, v);
-    }
-
     /// @dev Replica `replica` of `stage` in the place of node `old`, with the signatures of the requester and of node `witness`.
     function _replacement(uint16 stage, uint16 replica, uint256 old, uint256 witness)
         private
@@ -68,12 +47,12 @@ contract ReplaceStagesTest is Swarm {
         returns (Replacement memory replacement)
     {
         uint256 leaf = 2 * stage + replica;
-        bytes32 digest = _digest(_id, stage, _hot(old), _all[leaf].node);
+        bytes32 digest = _replacementDigest(_id, stage, _hot(old), _all[leaf].node);
         replacement = Replacement({
             assignment: _all[leaf],
             proof: _merkleProof(_leavesOf(_all), leaf),
             replaced: _hot(old),
-            consent: _consent(digest),
+            consent: _requesterSigns(digest),
             witness: _sign(witness, digest)
         });
     }
@@ -184,8 +163,8 @@ contract ReplaceStagesTest is Swarm {
     function test_replaceStages_byANodeThatThePlanDoesNotAssign_reverts() public {
         Replacement memory replacement = _replacement(1, 1, 1, 0);
         replacement.assignment.node = _hot(6);
-        bytes32 digest = _digest(_id, 1, _hot(1), _hot(6));
-        replacement.consent = _consent(digest);
+        bytes32 digest = _replacementDigest(_id, 1, _hot(1), _hot(6));
+        replacement.consent = _requesterSigns(digest);
         replacement.witness = _sign(0, digest);
         vm.expectRevert(abi.encodeWithSelector(IInferenceEscrow.NotAssigned.selector, 1, _hot(6)));
         _replace(replacement);
@@ -248,9 +227,9 @@ contract ReplaceStagesTest is Swarm {
         vm.warp(block.timestamp + shards.planActivationDelay());
         RequestId id = _open(plan);
         _route(id);
-        bytes32 digest = _digest(id, 0, _hot(0), _hot(1));
+        bytes32 digest = _replacementDigest(id, 0, _hot(0), _hot(1));
         Replacement memory replacement =
-            Replacement(two[1], _merkleProof(_leavesOf(two), 1), _hot(0), _consent(digest), "");
+            Replacement(two[1], _merkleProof(_leavesOf(two), 1), _hot(0), _requesterSigns(digest), "");
         escrow.replaceStages(id, _only(replacement));
         assertEq(escrow.executorOf(id, 0), _hot(1));
     }

@@ -210,6 +210,32 @@ abstract contract Swarm is Test {
         );
     }
 
+    /// @dev What requester and witness sign for another node in the place of the one that stopped.
+    function _replacementDigest(RequestId id, uint16 stage, address replaced, address node)
+        internal
+        view
+        returns (bytes32)
+    {
+        return _typedDigest(
+            "bsns InferenceEscrow",
+            address(escrow),
+            keccak256(
+                abi.encode(
+                    keccak256("StageReplacement(bytes32 requestId,uint16 stage,address replaced,address node)"),
+                    id,
+                    stage,
+                    replaced,
+                    node
+                )
+            )
+        );
+    }
+
+    function _requesterSigns(bytes32 digest) internal pure returns (bytes memory) {
+        (uint8 v, bytes32 r, bytes32 s) = vm.sign(uint256(keccak256(abi.encodePacked("requester"))), digest);
+        return abi.encodePacked(r, s, v);
+    }
+
     function _typedDigest(string memory name, address target, bytes32 structHash) internal view returns (bytes32) {
         return keccak256(abi.encodePacked(hex"1901", _domainSeparator(name, target), structHash));
     }

@@ -343,13 +343,15 @@ def test_topologies_keep_the_newest_and_the_first_of_each_class(database_url: st
     model = ModelId(bytes([8]) * 32)
     storage = Storage(database_url)
     try:
+        nodes = (address(bytes([1]) * 20), address(bytes([2]) * 20))
         for number, of_class in enumerate((0, 1, 0, 2, 1)):
             bars = (np.array([[0.0, np.inf], [0.001, number + 1.0]]), np.empty((0, 2)))
-            snapshot = Snapshot(2, 2, bars, (0, 1), ((0, 1),), 0.5, number + 1.0)
+            snapshot = Snapshot(nodes, 2, bars, (0, 1), ((0, 1),), 0.5, number + 1.0)
             storage.keep_topology(TopologySnapshot(model, number, of_class, snapshot), keep=4)
         kept = storage.topologies(model, 3)
         assert [(item.taken_at, item.class_number) for item in kept] == [(4, 1), (3, 2), (2, 0)]
-        assert (kept[0].snapshot.bridges, kept[0].snapshot.longest(0, 1)) == (((0, 1),), [(0.001, 5.0)])
+        assert (kept[0].snapshot.nodes, kept[0].snapshot.bridges) == (nodes, ((0, 1),))
+        assert kept[0].snapshot.longest(0, 1) == [(0.001, 5.0)]
         assert len(storage.topologies(model, 100)) == 4
         firsts = [(number, item.tree_length) for number, item in storage.topology_classes(model, 2)]
         assert firsts == [(2, 4.0), (0, 3.0)]

@@ -71,7 +71,7 @@ def test_diagrams_move_by_no_more_than_hops_and_births_do(of: Topology, by: floa
 def test_clusters_die_along_the_edges_of_the_spanning_tree(of: Topology) -> None:
     snapshot = of.snapshot()
     deaths = snapshot.diagrams[0][:, 1]
-    tree = [birth for birth, _, _ in topology._spanning_tree(of.edges)]
+    tree = [birth for birth, _, _ in of.spanning_tree]
     assert snapshot.components == len(of.nodes) - len(tree)
     # A node that is born with the edge that joins it has no bar of its own.
     assert snapshot.tree_length == pytest.approx(sum(tree))
@@ -88,7 +88,7 @@ def test_snapshot_from_storage_is_the_one_that_was_stored_to_the_microsecond(of:
     assert (again.clusters, again.bridges, again.components) == (
         snapshot.clusters, snapshot.bridges, snapshot.components,
     )  # fmt: skip
-    assert wasserstein(again, snapshot) <= 1e-3 or snapshot.persistence() < 1e-3
+    assert wasserstein(again, snapshot) <= 1e-3 or snapshot.persistence < 1e-3
 
 
 @_LIMIT

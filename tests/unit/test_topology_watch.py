@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,8 +12,10 @@ import pytest
 from bsns.chain.signer import KeySigner
 from bsns.planning import Link
 from bsns.planning.topology import Snapshot
+from bsns.planning.topology_classes import class_of
 from bsns.protocol.identifiers import model_id
 from bsns.protocol.measurements import LinkTiming, NodeMeasurements, UnitTiming
+from bsns.protocol.planning_record import SignedMeasurements
 from coordinator.dispatch import NodePool, PoolLimits, TopologyWatch, topology_watch
 from coordinator.storage import Storage, TopologySnapshot, migrate
 from tests.integration.coordinator_fixtures import tiny_manifest
@@ -29,9 +30,14 @@ _T = TypeVar("_T")
 class _Publication:
     """What the watch needs of one."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage: Storage) -> None:
         self.manifest, self.model = _MANIFEST, _MODEL
         self.network_class: int | None = None
+        self._storage = storage
+
+    def measured(self, nodes: set[str]) -> tuple[list[SignedMeasurements], dict[str, str]]:
+        known = self._storage.measurements(_MODEL)
+        return [known[node] for node in sorted(nodes & set(known))], {}
 
 
 class _Watched:
@@ -40,7 +46,7 @@ class _Watched:
         migrate(url)
         self.storage, self.now = Storage(url), 100.0
         self.pool = NodePool(PoolLimits(), lambda: self.now)
-        self.publication = _Publication()
+        self.publication = _Publication(self.storage)
         self.watch = TopologyWatch(
             self.storage,
             self.pool,
@@ -94,8 +100,9 @@ async def test_snapshot_is_taken_of_what_nodes_measured_and_kept(watched: _Watch
     watched.measure(1, _two_regions)
     (taken,) = await watched.after(0)
     assert (taken.taken_at, taken.class_number) == (100, 0)
-    assert taken.snapshot.node_count == len(_KEYS)
-    assert taken.snapshot.cluster_count == 2
+    assert set(taken.snapshot.nodes) == {key.address for key in _KEYS}
+    together = {node for node, of in zip(taken.snapshot.nodes, taken.snapshot.clusters, strict=True) if of == 0}
+    assert together in ({key.address for key in _KEYS[0::2]}, {key.address for key in _KEYS[1::2]})
     (_, death), *_ = taken.snapshot.longest(0, 1)
     assert death >= _FAR_NS / 2 / 1e9
 
@@ -141,18 +148,20 @@ async def test_only_the_newest_snapshots_are_kept(watched: _Watched, monkeypatch
 
 
 def test_class_is_that_of_the_nearest_first_member_or_the_next() -> None:
+    nodes = tuple(key.address for key in _KEYS[:6])
+
     def line(gap: float) -> Snapshot:
         bars = np.array([[0.0, np.inf], *[[0.0, gap]] * 5])
-        return Snapshot(6, 6, (bars, np.empty((0, 2))), (0,) * 6, (), gap, 5 * gap)
+        return Snapshot(nodes, 6, (bars, np.empty((0, 2))), (0,) * 6, (), gap, 5 * gap)
 
     classes = [(0, line(0.01)), (4, line(0.1))]
-    assert topology_watch.class_of(line(0.105), classes)[0] == 4
+    assert class_of(line(0.105), classes)[0] == 4
     # A little beyond the radius: a network that was of the class stays in it, another one is not.
-    assert topology_watch.class_of(line(0.118), classes, current=4)[0] == 4
-    assert topology_watch.class_of(line(0.118), classes)[0] == 5
-    assert topology_watch.class_of(line(0.130), classes, current=4)[0] == 5
-    assert topology_watch.class_of(line(0.105), classes, current=7)[0] == 4
-    number, distance = topology_watch.class_of(line(1.0), classes)
-    assert (number, distance) == (5, 1.0)
-    assert topology_watch.class_of(line(1.0), [])[0] == 0
-    assert topology_watch.class_of(dataclasses.replace(line(0.01), node_count=7), classes) == (0, pytest.approx(0))
+    assert class_of(line(0.118), classes, current=4)[0] == 4
+    assert class_of(line(0.118), classes)[0] == 5
+    assert class_of(line(0.130), classes, current=4)[0] == 5
+    assert class_of(line(0.105), classes, current=7)[0] == 4
+    number, distance = class_of(line(1.0), classes)
+    assert (number, distance) == (5, None)
+    assert class_of(line(1.0), [])[0] == 0
+    assert class_of(line(0.01), classes) == (0, pytest.approx(0))

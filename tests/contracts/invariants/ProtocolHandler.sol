@@ -290,23 +290,10 @@ abstract contract ProtocolHandler is Swarm {
         replicas[stage] = replica;
         (Assignment[] memory route, bytes32[][] memory proofs) = _routeOver(escrow.requestOf(id).planId, replicas);
         address old = _executorOf(id, stage);
-        bytes32 digest = _typedDigest(
-            "bsns InferenceEscrow",
-            address(escrow),
-            keccak256(
-                abi.encode(
-                    keccak256("StageReplacement(bytes32 requestId,uint16 stage,address replaced,address node)"),
-                    id,
-                    stage,
-                    old,
-                    route[stage].node
-                )
-            )
-        );
-        (uint8 v, bytes32 r, bytes32 s) = vm.sign(uint256(keccak256(abi.encodePacked("requester"))), digest);
+        bytes32 digest = _replacementDigest(id, stage, old, route[stage].node);
         uint256 witness = _indexOf(_executorOf(id, 1 - stage));
         Replacement[] memory list = new Replacement[](1);
-        list[0] = Replacement(route[stage], proofs[stage], old, abi.encodePacked(r, s, v), _sign(witness, digest));
+        list[0] = Replacement(route[stage], proofs[stage], old, _requesterSigns(digest), _sign(witness, digest));
         escrow.replaceStages(id, list);
         assertEq(_executorOf(id, stage), route[stage].node, "the new node serves");
         _ledger.serves(id, stage);
