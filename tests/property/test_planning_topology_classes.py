@@ -155,6 +155,14 @@ def test_plan_of_regions_far_apart_stays_within_one() -> None:
     assert sum(len(stage.nodes) for stage in found.stages) == 10
 
 
+def test_swarms_in_regions_are_planned_better_with_neighbourhoods(monkeypatch: pytest.MonkeyPatch) -> None:
+    swarms = [problem(seed, 24) for seed in (1, 2, 8)]
+    found = [sequential.solve(swarm).value_ns for swarm in swarms]
+    monkeypatch.setattr(sequential, "neighbourhoods", lambda *_: [])
+    without = [sequential.solve(swarm).value_ns for swarm in swarms]
+    assert sum(mine / theirs for mine, theirs in zip(found, without, strict=True)) / len(swarms) < 0.9
+
+
 def test_even_links_are_planned_without_neighbourhoods(monkeypatch: pytest.MonkeyPatch) -> None:
     def unwanted(*_: object) -> None:
         raise AssertionError("links are all alike")
