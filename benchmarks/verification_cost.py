@@ -96,7 +96,7 @@ def _evidence(cost: Cost, stages: list[StageExecutor], prompt: list[int], place:
 
 
 def _check(cost: Cost, stages: list[StageExecutor], prompt: list[int], place: int, tokens: int) -> None:
-    """Generates one answer through all stages, then checks all of them as a member does: pass, sketch, draws."""
+    """Generates one answer through all stages, then checks all of them as a member does: pass, sketches, draws."""
     answers: list[list[Recording]] = []
     sampling, tolerance = sampling_of(place), TOLERANCES[EXECUTION_CLASS]
     cost.generation.append(_seconds(lambda: answers.extend(answer(stages, [prompt], tokens, [sampling]))))
@@ -106,12 +106,16 @@ def _check(cost: Cost, stages: list[StageExecutor], prompt: list[int], place: in
             last, logits = number == len(stages) - 1, []
             width = recording.outputs[0].shape[1]
             sketch = StageSketch(request_seed(number, "cost"), width, tolerance.unit, centred=last)
-            for output in iterate_reexecution(stage, recording.steps):
+            inner_width = stage.manifest.row_width(stage.end_unit - 1)
+            inner = StageSketch(request_seed(number, "inside"), inner_width, tolerance.unit)
+            for output in iterate_reexecution(
+                stage, recording.steps, inside=lambda rows, inner=inner: (inner.add(rows.numpy()), None)[1]
+            ):
                 rows = output.numpy()
                 sketch.add(rows)
                 if last:
                     logits.append(rows[-1])
-            sketch.value()
+            sketch.value(), inner.value()
             if last:
                 sent = [int(step.inputs[0]) for step in answers[0][0].steps[1:]]
                 departure = first_departure(logits[:-1], sampling, sent.__getitem__, tolerance.logit_tolerance)

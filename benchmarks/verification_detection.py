@@ -58,6 +58,7 @@ from benchmarks.verification_traces import (
     answer,
     honest_stages,
     in_one_pass,
+    rows_inside,
 )
 from bsns.protocol.sampling import SamplingParameters, draw, is_consistent_draw
 from bsns.protocol.sketch import MAXIMUM_DISTANCE, TOLERANCES, distance
@@ -171,8 +172,10 @@ class Detection:
     outcomes: dict[tuple[str, int, int], Counter[Outcome]] = field(default_factory=lambda: defaultdict(Counter))
     distances: dict[tuple[str, int, int], list[int]] = field(default_factory=lambda: defaultdict(list))
     misses: list[str] = field(default_factory=list)
-    # By encoding: distances of a member that copies the next stage's input.
+    # By what it sketches instead of the rows inside: distances of a member that copies, from one that executes.
     copies: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    # Between members that execute in one pass and in pieces.
+    inside: list[int] = field(default_factory=list)
     # By relative size: verdicts over all stages and lengths.
     perturbations: dict[float, Counter[Outcome]] = field(default_factory=dict)
     # By (cheat, encoding): whether an answer's rows were refused by a member that compares them with its own.
@@ -240,6 +243,8 @@ def _judge_honestly(job: _Job) -> list[str]:
     recordings: list[Recording] = job.load("recordings")
     (stage,) = honest_stages(prepare(), CUTS[job.number : job.number + 2], DECLARED)
     outputs = [in_one_pass(stage)(recording) for recording in recordings]
+    job.save("inside", [rows_inside(stage, recording.steps) for recording in recordings])
+    job.save("inside in pieces", [rows_inside(stage, recording.steps, chunk_rows=7) for recording in recordings])
     expected = [job.sketched(item, place, job.grid.seeds) for place, item in enumerate(outputs)]
     job.save("expected", expected)
     job.save("outputs", outputs)
@@ -316,16 +321,30 @@ def _judge_perturbations(job: _Job) -> dict[float, list[int]]:
 
 
 def _judge_copies(job: _Job) -> dict[str, list[int]]:
-    """Distances of a member that executes nothing and sketches the next stage's input instead, by its encoding."""
-    recordings: list[Recording] = job.load("recordings")[: job.grid.threshold_prompts]
-    expected: list[list[dict[int, bytes]]] = job.load("expected")
-    seeds = min(job.grid.threshold_seeds, job.grid.seeds)
+    """Distances in the sketch of the rows inside, by what a member that executes nothing sketches instead: the next
+    stage's input in each encoding, or its own; "" those of a member that executes in pieces.
+    """
+    unit = TOLERANCES[EXECUTION_CLASS].unit
+    recordings: list[Recording] = job.load("recordings")
+    inside: list[Outputs] = job.load("inside")
+    in_pieces: list[Outputs] = job.load("inside in pieces")
     found: dict[str, list[int]] = defaultdict(list)
     for place, recording in enumerate(recordings):
-        for encoding in ENCODINGS:
-            outputs = [_over_the_wire(rows, encoding) for rows in recording.outputs]
-            for sample, values in enumerate(job.sketched(outputs, place, seeds)):
-                found[encoding.name] += [distance(value, expected[place][sample][at]) for at, value in values.items()]
+        tried = {"": in_pieces[place]}
+        if job.number:
+            tried["own input"] = [step.inputs.numpy() for step in recording.steps]
+        if not job.centred:
+            tried |= {f"next stage's {item.name} input": [_over_the_wire(rows, item) for rows in recording.outputs]
+                      for item in ENCODINGS}  # fmt: skip
+        # Twice as many as of each cheat: there are two stages of each kind, and not three.
+        for sample in range(2 * job.grid.seeds):
+            seed = request_seed(job.number, "inside", place, sample)
+            honest, *others = (
+                sketches_at(rows, seed, unit, job.grid.lengths, centred=False)
+                for rows in (inside[place], *tried.values())
+            )
+            for name, values in zip(tried, others, strict=True):
+                found[name] += [distance(value, honest[at]) for at, value in values.items()]
     return dict(found)
 
 
@@ -387,7 +406,7 @@ def measure(folder: Path, grid: Grid, report: Callable[[str], None]) -> Detectio
         cheats = [_Job(shared, grid, job.number, cheat) for job in jobs for cheat in SKETCH_CHEATS]
         perturbations = [workers.submit(_judge_perturbations, job) for job in jobs]
         tokens = workers.submit(_judge_tokens, jobs[0])
-        copies = [workers.submit(_judge_copies, job) for job in jobs if not job.centred]
+        copies = [workers.submit(_judge_copies, job) for job in jobs]
         for job, judged in zip(cheats, workers.map(_judge_cheat, cheats), strict=True):
             for encoding, refused in judged.handed_on.items():
                 detection.handed_on[job.cheat, encoding] += refused
@@ -405,8 +424,11 @@ def measure(folder: Path, grid: Grid, report: Callable[[str], None]) -> Detectio
         for (name_, length), verdicts in tokens.result().items():
             detection.outcomes[name_, LAST_STAGE, length] += verdicts
         for future in copies:
-            for encoding, gaps in future.result().items():
-                detection.copies[encoding] += gaps
+            for copied, gaps in future.result().items():
+                if copied:
+                    detection.copies[copied] += gaps
+                else:
+                    detection.inside += gaps
         for future in perturbations:
             for relative, gaps in future.result().items():
                 counted = detection.perturbations.setdefault(relative, Counter())
@@ -437,9 +459,9 @@ def show(detection: Detection, grid: Grid) -> None:
     for name in SKETCH_CHEATS:
         counts = [detection.handed_on[name, encoding.name] for encoding in ENCODINGS]
         print(f"{name:44}" + "".join(f"{count[True]:>12}/{count.total():<5}" for count in counts))
-    print("\na member that sketches the next stage's input instead of executing, by its encoding: distances")
-    for encoding, gaps in detection.copies.items():
-        print(f"  {encoding:16} {min(gaps)} to {max(gaps)}")
+    print("\nrows inside a stage: distance of two members that execute, and of one that executes nothing and sketches")
+    for name, gaps in {"(both execute)": detection.inside, **detection.copies}.items():
+        print(f"  {name:36} {min(gaps)} to {max(gaps)}")
     print("\nnoise relative to a row's length, all stages and lengths: slashed / unpaid / paid of all")
     for relative, verdicts in sorted(detection.perturbations.items()):
         slashed, unpaid, paid = (verdicts[item] for item in (Outcome.INCORRECT, Outcome.UNPAID, Outcome.PAID))
@@ -480,11 +502,16 @@ def figures(detection: Detection, goal: str | None = GOAL) -> list[Figure]:
         note = f"{refused} of {judged}" + (f"; taken: {', '.join(passed)}" if passed else "")
         label = f"refused, other rows handed on as {encoding_.name}"
         found.append(Figure(label, share, "% of answers", share, share, judged, wanted, note))
-    for encoding, gaps in detection.copies.items():
-        note = "first and middle stage; the last stage's sketch is of logits, which nobody hands on"
-        low, high = min(gaps), max(gaps)
-        label = f"lazy member that copies the next stage's {encoding} input"
-        found.append(Figure(label, low, "sketch distance", low, high, len(gaps), None, f"smallest; {note}"))
+    tolerance = TOLERANCES[EXECUTION_CLASS]
+    for copied, gaps in detection.copies.items():
+        caught = sum(gap > tolerance.slash_beyond for gap in gaps)
+        label = f"slashed, lazy member that sketches the {copied}"
+        found.append(shown_share(label, caught, len(gaps), goal, f"smallest distance {min(gaps)}"))
+    gap = max(detection.inside)
+    found.append(
+        Figure("largest honest distance of the rows inside", gap, "sketch distance", 0, gap, len(detection.inside),
+               f"<= {tolerance.honest_radius}", "in one pass and in pieces of 7")
+    )  # fmt: skip
     sizes = detection.perturbations
     samples = sum(verdicts.total() for verdicts in sizes.values())
     note = f"of {len(sizes)} sizes tried; honest executions reach 3e-6"

@@ -160,7 +160,7 @@ def member_lines(deployment: str, measured: Measured) -> Iterator[Line]:
     lazy = LazyMember(
         reexecution=check,
         reward=share * FEE / seats,
-        false_rate=0.0,
+        found_rate=1.0,
         stake=terms.registry.minimum_stake / ETHER,
         incorrect_slash=verification.incorrect_slash_bps / BASIS_POINTS,
         jail_loss=jail,
@@ -172,18 +172,17 @@ def member_lines(deployment: str, measured: Measured) -> Iterator[Line]:
         f"verifier share {needed:.3g}",
         f"verifier_share_bps at least {needed * BASIS_POINTS:.0f}" if lazy.honest_gain < 0 else "",
     )
-    rare = replace(lazy, false_rate=0.01)
+    alone = replace(lazy, found_rate=0.0)
     for name, member in (
-        ("member that copies, no stage is ever false", lazy),
-        ("member that copies, 1 % of judged stages false or planted", rare),
-        ("the same, if silence cost what a false sketch does", replace(rare, keeps_silent=False)),
+        ("member that copies, its rows inside are compared", lazy),
+        ("the same where nothing is inside: stages of one unit, copies of what a first round revealed", alone),
     ):
-        rate = member.smallest_false_rate()
+        rate = member.smallest_found_rate()
         yield Line(
             name,
             member.expected_gain,
-            f"false stages {'-' if rate is None else f'{rate:.2e}'} of judged",
-            "" if member.is_deterred else f"plant false stages in {'all' if rate is None else f'{rate:.2e}'} of judged",
+            f"found {'-' if rate is None else f'{rate:.2e}'} of copies",
+            "" if member.is_deterred else f"find {'all' if rate is None else f'{rate:.2e}'} of the copies",
         )
 
 

@@ -44,6 +44,15 @@ ANSWERED = (
         ),
     ),
     Attack(
+        "a member that copies what it is shown",
+        (
+            (TALLY, "test_CDV_07_memberThatCopiesTheOutput_isSlashedByTheBackupCommittee"),
+            (TALLY, "test_CDV_07_copiedOutput_isNoMedoidForThoseWhoComputed"),
+            (RING, "test_member_that_copies_what_it_is_shown_loses_stake_and_nobody_else_does"),
+        ),
+        "stages of one unit; in a backup round, copies of what the first round revealed",
+    ),
+    Attack(
         "an executor that does not reveal",
         (
             (TALLY, "test_tally_executorThatKeepsItsReveal_isBlamedAndSlashed"),

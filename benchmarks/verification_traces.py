@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bsns.protocol.sampling import SamplingParameters, draw
 from bsns.runtime.decoder_executor import StageExecutor
-from bsns.runtime.executor import BatchStep, StepInput, reexecute
+from bsns.runtime.executor import BatchStep, StepInput, iterate_reexecution, reexecute
 from bsns.runtime.prepare import prepare
 from bsns.runtime.weight_store import HashProgress, WeightStore
 
@@ -124,6 +124,14 @@ def answer(
 
 def in_one_pass(stage: StageExecutor, chunk_rows: int = 256) -> Execute:
     return lambda recording: arrays(reexecute(stage, recording.steps, chunk_rows=chunk_rows))
+
+
+def rows_inside(stage: StageExecutor, steps: Sequence[StepInput], chunk_rows: int = 256) -> Outputs:
+    """What the last unit of a stage takes at each step, executed in one pass."""
+    pieces: list[Tensor] = []
+    for _ in iterate_reexecution(stage, steps, chunk_rows=chunk_rows, inside=pieces.append):
+        pass
+    return arrays(torch.cat(pieces).split([len(step.inputs) for step in steps]))
 
 
 def step_by_step(stage: StageExecutor, others: int = 0, other_rows: Tensor | None = None) -> Execute:

@@ -120,6 +120,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         bool revealed;
         uint256 outputTokens;
         bytes32 sketch;
+        bytes32 innerSketch;
     }
 
     /// @dev All ballots of one stage in one round.
@@ -299,7 +300,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     function revealAttestation(
         RequestId requestId,
         uint16 stage,
-        bytes32 evidenceRoot,
+        bytes32 innerSketch,
         bytes32 sketch,
         uint32 outputTokens,
         bytes32 salt
@@ -309,17 +310,17 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         Committee storage committee = _committee(docket, round, stage);
         Attestation storage attestation = committee.attestations[msg.sender];
         bytes32 opened =
-            commitmentOf(requestId, round, stage, msg.sender, evidenceRoot, sealOf(sketch, salt), outputTokens);
+            commitmentOf(requestId, round, stage, msg.sender, innerSketch, sealOf(sketch, salt), outputTokens);
         _requireOpening(docket, stage, attestation.revealed, outputTokens, attestation.commitment, opened);
 
-        attestation.evidenceRoot = evidenceRoot;
+        attestation.innerSketch = innerSketch;
         attestation.sketch = sketch;
         attestation.outputTokens = outputTokens;
         attestation.revealed = true;
         unchecked {
             ++committee.reveals; // each of at most 16 members once
         }
-        emit AttestationRevealed(requestId, round, stage, msg.sender, evidenceRoot, sketch, outputTokens, salt);
+        emit AttestationRevealed(requestId, round, stage, msg.sender, innerSketch, sketch, outputTokens, salt);
     }
 
     // ---------------------------------------------------------------------------------------------------------------------
@@ -856,7 +857,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         for (uint256 i; i < bench.ballots.length; ++i) {
             Ballot memory ballot = bench.ballots[i];
             if (!ballot.revealed) continue;
-            if (_distance(medoid, ballot.outputTokens, ballot.sketch) <= tolerance) agreeing |= uint256(1) << i;
+            if (_memberDistance(medoid, ballot) <= tolerance) agreeing |= uint256(1) << i;
             else if (_contradicts(medoid, ballot)) unanimous = false;
         }
         committee.agreeing = uint16(agreeing); // one bit for each of 16 members
@@ -866,7 +867,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     ///      whom it serves, so both can be honest.
     function _contradicts(Ballot memory medoid, Ballot memory ballot) private view returns (bool) {
         if (medoid.outputTokens == 0 || ballot.outputTokens == 0) return false;
-        return _distance(medoid, ballot.outputTokens, ballot.sketch) > 2 * uint256(_tolerance);
+        return _memberDistance(medoid, ballot) > 2 * uint256(_tolerance);
     }
 
     function _slashMembers(Committee storage committee, Bench memory bench, Judgement memory judgement) private {
@@ -934,6 +935,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
             if (!ballot.revealed) continue;
             ballot.outputTokens = attestation.outputTokens;
             ballot.sketch = attestation.sketch;
+            ballot.innerSketch = attestation.innerSketch;
             ++bench.reveals;
             bench.revealedStake += ballot.stake;
         }
@@ -944,7 +946,7 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
         for (uint256 i; i < bench.ballots.length; ++i) {
             Ballot memory ballot = bench.ballots[i];
             if (!ballot.revealed) continue;
-            if (_distance(medoid, ballot.outputTokens, ballot.sketch) <= tolerance) support += ballot.stake;
+            if (_memberDistance(medoid, ballot) <= tolerance) support += ballot.stake;
         }
     }
 
@@ -1183,6 +1185,15 @@ contract OutputVerification is IOutputVerification, ReentrancyGuardTransient {
     function _distance(Ballot memory medoid, uint256 outputTokens, bytes32 sketch) private pure returns (uint256) {
         if (outputTokens != medoid.outputTokens) return type(uint256).max;
         return DistributionSketch.distance(sketch, medoid.sketch);
+    }
+
+    /// @dev CDV-07: of both sketches the larger distance. Nobody shows the rows of the inner one to a member, so who has not executed the
+    ///      stage is far from those who have, however near its output.
+    function _memberDistance(Ballot memory medoid, Ballot memory ballot) private pure returns (uint256) {
+        return FixedPointMathLib.max(
+            _distance(medoid, ballot.outputTokens, ballot.sketch),
+            DistributionSketch.distance(ballot.innerSketch, medoid.innerSketch)
+        );
     }
 
     function _bit(uint256 stage) private pure returns (uint32) {

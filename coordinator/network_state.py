@@ -122,12 +122,17 @@ class PlanState:
 
 @dataclass(frozen=True, slots=True)
 class Reveal:
-    """An opened commitment."""
+    """An opened commitment. Of a committee member `evidence_root` is the sketch of the rows inside the stage."""
 
     evidence_root: bytes
     sketch: bytes
     output_tokens: int
     salt: bytes
+
+    @property
+    def sketches(self) -> tuple[bytes, bytes]:
+        """Of a member: the two that members are compared by."""
+        return self.sketch, self.evidence_root
 
 
 @dataclass(frozen=True, slots=True)
@@ -649,4 +654,5 @@ def _with_attestation_revealed(request: RequestState, a: Mapping[str, Any]) -> R
 
 
 def _reveal(a: Mapping[str, Any]) -> Reveal:
-    return Reveal(bytes(a["evidenceRoot"]), bytes(a["sketch"]), a["outputTokens"], bytes(a["salt"]))
+    evidence_root = a["evidenceRoot"] if "evidenceRoot" in a else a["innerSketch"]
+    return Reveal(bytes(evidence_root), bytes(a["sketch"]), a["outputTokens"], bytes(a["salt"]))

@@ -15,7 +15,7 @@ from typing import Any
 from bsns.protocol.commitments import vote_weight
 from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import ZERO_HASH, RequestId
-from bsns.protocol.sketch import distance
+from bsns.protocol.sketch import member_distance
 from coordinator.network_state import AttestationState, RequestState
 from coordinator.storage import Intent
 
@@ -126,7 +126,7 @@ def _agree(a: AttestationState, b: AttestationState, tolerance: int) -> bool:
         return False
     if a.reveal.output_tokens != b.reveal.output_tokens:
         return False
-    return distance(a.reveal.sketch, b.reveal.sketch) <= tolerance
+    return member_distance(a.reveal.sketches, b.reveal.sketches) <= tolerance
 
 
 def _draw(request: RequestState, view: VerificationView, now: int, head_number: int) -> tuple[Intent, ...]:

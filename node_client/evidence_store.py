@@ -87,7 +87,9 @@ class InputOpening:
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """What a stage commits to. `sketch` and `salt` stay secret until the reveal."""
+    """What a stage commits to. `sketch` and `salt` stay secret until the reveal. Of an attestation `evidence_root` is
+    the sketch of the rows inside the stage, which takes its place.
+    """
 
     evidence_root: bytes
     sketch: bytes

@@ -25,6 +25,7 @@ from bsns.chain.signer import Signer
 from bsns.protocol.commitments import (
     EvidenceStep,
     StageEvidence,
+    inner_sketch_seed,
     input_commitment,
     kept_rows,
     sketch_seed,
@@ -44,7 +45,7 @@ from bsns.protocol.hand_over import (
 from bsns.protocol.identifiers import BYTES32, ZERO_HASH, ModelId, ProtocolError, RequestId
 from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.sampling import SamplingError, SamplingParameters, is_consistent_draw
-from bsns.protocol.sketch import disowned
+from bsns.protocol.sketch import StageSketch, disowned
 from bsns.protocol.typed_data import EVIDENCE_QUERY, signing_digest
 from bsns.runtime.activation_codec import ActivationError, can_be_handed_on
 from bsns.v1 import execution_pb2
@@ -54,7 +55,14 @@ from node_client.evidence_store import StageResult
 from node_client.peers import PeerPool
 from node_client.session_store import sampling_from_message
 from node_client.settings import NodeSettings
-from node_client.shard_runtime import Rows, ShardRuntime, encoding_of_input, new_sketch, tolerance_of
+from node_client.shard_runtime import (
+    Rows,
+    ShardRuntime,
+    encoding_of_input,
+    inner_sketch,
+    new_sketch,
+    tolerance_of,
+)
 
 if TYPE_CHECKING:
     from bsns.v1.execution_pb2_grpc import ShardExecutionAsyncStub
@@ -310,14 +318,26 @@ class Reexecution:
                         encoding, data, torch.from_numpy(rows), tolerance.row_tolerance
                     )
 
+            within: StageSketch | None = None
+
+            def take_inside(rows: Rows) -> None:
+                nonlocal within
+                if within is None:
+                    inner_seed = inner_sketch_seed(case.request_id, stage, case.entropy)
+                    within = inner_sketch(inner_seed, executor, rows.shape[1])
+                within.add(rows)
+
             await self._runtime.reexecute(
                 executor,
                 ((data, step.position, step.rows) for data, step in zip(fetched.inputs, steps, strict=True)),
                 self._settings.reexecution_rows,
                 take,
+                inside=take_inside,
             )
+            assert within is not None, "evidence has at least one step"
             return StageResult(
-                fetched.evidence_root,
+                # No stage shows these rows to anybody: that they were computed is what this sketch says.
+                within.value(),
                 # Where tokens are no draws, or rows handed on are not those computed, no sketch of the executor's may
                 # be near, least of all that of an honest execution.
                 sketch.value() if follows else disowned(sketch.value(), seed, case.entropy),

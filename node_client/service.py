@@ -128,6 +128,7 @@ class NodeService:
         self.runtime: ShardRuntime | None = None
         self.sessions: SessionStore | None = None
         self.evidence: EvidenceStore | None = None
+        self.reexecution: Reexecution | None = None
 
     def stop(self) -> None:
         """Begin to drain; `run` returns when it is done. Safe to call from a signal handler of the loop."""
@@ -219,6 +220,7 @@ class NodeService:
         # Before the threads and stores they use are closed.
         stack.push_async_callback(_cancel_all, background)
         reexecution = Reexecution(settings, signer, domains, chain, runtime, pipeline.peers, clock=clock)
+        self.reexecution = reexecution
         submitter = Submitter(client, signer)
         duties = ChainDuties(settings, signer.address, chain, submitter, evidence, guard, reexecution, start=start)
         servicer = ShardExecutionServicer(

@@ -303,9 +303,11 @@ class ShardRuntime:
         chunk_rows: int,
         take: Callable[[Rows], None],
         session: StageSession | None = None,
+        inside: Callable[[Rows], None] | None = None,
     ) -> None:
         """Teacher-forced pass over (bytes, position, rows) of each step in order; `take` gets what was sketched of each
-        step's output (`StepOutput`) in the compute thread. An empty `session` that is given goes on behind it.
+        step's output (`StepOutput`) in the compute thread, `inside` before it the rows that the last unit took. An
+        empty `session` that is given goes on behind it.
 
         Refusal if the bytes are not what the stage takes, or of `take`. Runs in pieces of `chunk_rows` rows between
         other work.
@@ -316,13 +318,14 @@ class ShardRuntime:
                 StepInput(position, decode_input(executor, data, rows), rows if position else 1)
                 for data, position, rows in inputs
             ]
-            return iterate_reexecution(executor, steps, chunk_rows=chunk_rows, session=session)
+            within = None if inside is None else (lambda rows: inside(_array(rows)))
+            return iterate_reexecution(executor, steps, chunk_rows=chunk_rows, session=session, inside=within)
 
         def advance(outputs: Iterator[Any]) -> bool:
             output = next(outputs, None)
             if output is None:
                 return False
-            take(output.detach().cpu().numpy().astype(np.float32, copy=False))
+            take(_array(output))
             return True
 
         try:
@@ -447,6 +450,15 @@ def tolerance_of(executor: ShardExecutor) -> SketchTolerance:
     strictest.
     """
     return TOLERANCES.get(executor.execution_class, _DEFAULT_TOLERANCE)
+
+
+def inner_sketch(seed: bytes, executor: ShardExecutor, width: int) -> StageSketch:
+    """The sketch of rows of `width` values inside a stage, in the unit of its execution class."""
+    return StageSketch(seed, width, tolerance_of(executor).unit)
+
+
+def _array(rows: Any) -> Rows:
+    return rows.detach().cpu().numpy().astype(np.float32, copy=False)  # type: ignore[no-any-return]
 
 
 def new_sketch(seed: bytes, executor: ShardExecutor) -> StageSketch:

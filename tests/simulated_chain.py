@@ -403,21 +403,25 @@ class Traffic:
                 {"requestId": request, "nodes": nodes, "deadline": GENESIS_TIME + 99},
             )
         stage, node = self._random.randrange(2), address(self._random.randrange(3).to_bytes(20, "big"))
+        root = self._random.randbytes(32)
         reveal = {
-            "evidenceRoot": self._random.randbytes(32),
             "sketch": self._random.randbytes(32),
             "outputTokens": self._random.randrange(10),
             "salt": self._random.randbytes(32),
         }
         options: list[tuple[str, str, dict[str, Any]]] = [
             ("OutputVerification", "StageCommitted", {"stage": stage, "node": node, "commitment": reveal["salt"]}),
-            ("OutputVerification", "StageRevealed", {"stage": stage, "node": node, **reveal}),
+            ("OutputVerification", "StageRevealed", {"stage": stage, "node": node, "evidenceRoot": root, **reveal}),
             (
                 "OutputVerification",
                 "AttestationCommitted",
                 {"round": 1, "stage": stage, "node": node, "commitment": reveal["salt"], "stake": 5},
             ),
-            ("OutputVerification", "AttestationRevealed", {"round": 1, "stage": stage, "node": node, **reveal}),
+            (
+                "OutputVerification",
+                "AttestationRevealed",
+                {"round": 1, "stage": stage, "node": node, "innerSketch": root, **reveal},
+            ),
             (
                 "OutputVerification",
                 "CommitteeDrawn",

@@ -47,7 +47,7 @@ from bsns.protocol.record import (
     Verdict,
     VerificationRecord,
 )
-from bsns.protocol.sketch import distance
+from bsns.protocol.sketch import distance, member_distance
 
 if TYPE_CHECKING:  # the chain client is slow to import, and `bsns audit show` needs none
     from bsns.chain.client import Block, ChainClient, ChainEvent, Receipt
@@ -357,7 +357,7 @@ def _route(gathering: _Gathering, plan: RecordedPlan, operators: _Operators) -> 
 def _reveal(event: ChainEvent) -> RecordedReveal:
     values = event.arguments
     return RecordedReveal(
-        bytes(values["evidenceRoot"]),
+        bytes(values["evidenceRoot"] if "evidenceRoot" in values else values["innerSketch"]),
         bytes(values["sketch"]),
         int(values["outputTokens"]),
         bytes(values["salt"]),
@@ -466,6 +466,13 @@ def sketch_distance(medoid: RecordedReveal, other: RecordedReveal) -> int:
     return distance(medoid.sketch, other.sketch) if medoid.output_tokens == other.output_tokens else NO_DISTANCE
 
 
+def members_distance(medoid: RecordedReveal, other: RecordedReveal) -> int:
+    """The same of two committee members, who are compared by the rows inside the stage, too."""
+    if medoid.output_tokens != other.output_tokens:
+        return NO_DISTANCE
+    return member_distance((medoid.sketch, medoid.evidence_root), (other.sketch, other.evidence_root))
+
+
 def _tally(event: ChainEvent, members: Sequence[Member], executors: dict[int, RecordedReveal]) -> Tally:
     values = event.arguments
     stage, medoid = int(values["stage"]), address(values["medoid"])
@@ -479,7 +486,7 @@ def _tally(event: ChainEvent, members: Sequence[Member], executors: dict[int, Re
         int(values["revealedStake"]),
         int(values["distance"]),
         tuple(
-            MemberDistance(item.node, sketch_distance(chosen, item.reveal))
+            MemberDistance(item.node, members_distance(chosen, item.reveal))
             for item in bench
             if chosen is not None and item.reveal is not None
         ),

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
-from bsns.audit.chain_facts import NO_DISTANCE, NOBODY, sketch_distance
+from bsns.audit.chain_facts import NO_DISTANCE, NOBODY, members_distance, sketch_distance
 from bsns.protocol import commitments, identifiers
 from bsns.protocol.commitments import StageEvidence, content_digest, token_bytes
 from bsns.protocol.identifiers import ZERO_HASH, ModelId, RequestId
@@ -314,7 +314,7 @@ def _distances(record: VerificationRecord) -> Problems:
                 if tally.member_distances:
                     yield f"{where}: distances without a medoid"
                 continue
-            expected = [(node, sketch_distance(medoid, reveal)) for node, reveal in bench.items()]
+            expected = [(node, members_distance(medoid, reveal)) for node, reveal in bench.items()]
             if [(item.node, item.distance) for item in tally.member_distances] != expected:
                 yield f"{where}: member_distances are not those of the revealed sketches"
 
@@ -373,7 +373,7 @@ def _support(record: VerificationRecord, round_: Round, stage: int, medoid: Reco
     return sum(
         _vote(record, round_, item)
         for item, reveal in _bench(round_, stage)
-        if sketch_distance(medoid, reveal) <= tolerance
+        if members_distance(medoid, reveal) <= tolerance
     )
 
 
@@ -392,7 +392,7 @@ def _contradicts(record: VerificationRecord, medoid: RecordedReveal, reveal: Rec
     """Beyond 2 tau, unless either says that it was not given the evidence."""
     if 0 in (medoid.output_tokens, reveal.output_tokens):
         return False
-    return sketch_distance(medoid, reveal) > 2 * record.term("OutputVerification.tolerance")
+    return members_distance(medoid, reveal) > 2 * record.term("OutputVerification.tolerance")
 
 
 def _medoid(round_: Round, tally: Tally) -> RecordedReveal | None:
@@ -612,7 +612,7 @@ def _agreeing(record: VerificationRecord) -> list[Member]:
             number, medoid = deciding.get(item.stage, (0, None))
             if medoid is None or item.reveal is None or round_.number > number:
                 continue
-            if sketch_distance(medoid, item.reveal) <= tolerance:
+            if members_distance(medoid, item.reveal) <= tolerance:
                 found.append(item)
     return found
 

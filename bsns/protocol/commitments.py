@@ -91,6 +91,13 @@ def sketch_seed(request: RequestId, stage: int) -> bytes:
     return abi_hash(["bytes32", "uint16"], [request, stage])
 
 
+def inner_sketch_seed(request: RequestId, stage: int, entropy: bytes) -> bytes:
+    """Seed of the sketch that members make of the rows inside a stage: keccak256(abi.encode(requestId, stage,
+    entropy)), where `entropy` is the hash of the block that drew the committee: nobody knows it while the stage serves.
+    """
+    return abi_hash(["bytes32", "uint16", "bytes32"], [request, stage, require_bytes32(entropy, "entropy")])
+
+
 @dataclass(frozen=True, slots=True)
 class EvidenceStep:
     """One leaf of a stage's evidence (IOutputVerification.EvidenceStep)."""
@@ -237,7 +244,9 @@ def stage_commitment(
     sealed: bytes,
     output_tokens: int,
 ) -> bytes:
-    """OutputVerification.commitmentOf; `round_` 0 for the executor, 1..3 for attestations."""
+    """OutputVerification.commitmentOf; `round_` 0 for the executor, 1..3 for attestations, which have the sketch of
+    the rows inside the stage in the place of `evidence_root`.
+    """
     return abi_hash(
         ["bytes32", "bytes32", "uint8", "uint16", "address", "bytes32", "bytes32", "uint32"],
         [STAGE_COMMITMENT_TYPEHASH, request, round_, stage, node, evidence_root, sealed, output_tokens],

@@ -125,21 +125,22 @@ class LazyMember:
     """A committee member that attests what it can copy instead of executing.
 
     `reexecution`: cost of the check that it saves. `reward`: what a seat whose attestation agrees is paid.
-    `false_rate`: share of judged stages that are false, planted ones included. `incorrect_slash`: share of the stake.
+    `found_rate`: share of judged stages where a copy does not agree: all whose rows inside are compared, and those that
+    are false. `incorrect_slash`: share of the stake.
     `jail_loss`: what a term in jail costs. `keeps_silent`: whether it can still keep its commitment shut when it has
     seen that it would lose, which jails it and does not slash it.
     """
 
     reexecution: float
     reward: float
-    false_rate: float
+    found_rate: float
     stake: float
     incorrect_slash: float
     jail_loss: float = 0.0
     keeps_silent: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("false_rate", "incorrect_slash"):
+        for name in ("found_rate", "incorrect_slash"):
             _require_share(name, getattr(self, name))
         for name in ("reexecution", "reward", "stake", "jail_loss"):
             _require_amount(name, getattr(self, name))
@@ -158,14 +159,14 @@ class LazyMember:
     @property
     def expected_gain(self) -> float:
         """Of copying over executing, per seat; above 0 copying pays."""
-        return self.reexecution - self.false_rate * (self.reward + self.penalty)
+        return self.reexecution - self.found_rate * (self.reward + self.penalty)
 
     @property
     def is_deterred(self) -> bool:
         return self.expected_gain <= 0
 
-    def smallest_false_rate(self) -> float | None:
-        """The share of false (planted) tasks from which on copying never pays; None if even all are too few."""
+    def smallest_found_rate(self) -> float | None:
+        """The share of copies found from which on copying never pays; None if even all are too few."""
         loss = self.reward + self.penalty
         if self.reexecution == 0:
             return 0.0

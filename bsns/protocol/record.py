@@ -269,7 +269,9 @@ class Disclosure:
 
 @dataclass(frozen=True, slots=True)
 class RecordedReveal:
-    """An opened commitment."""
+    """An opened commitment. Of a committee member `evidence_root` is the sketch of the rows inside the stage, which
+    takes the root's place.
+    """
 
     evidence_root: Hash
     sketch: Hash

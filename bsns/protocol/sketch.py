@@ -226,6 +226,11 @@ def distance(a: bytes, b: bytes) -> int:
     return _circular(_integers(a, SKETCH_BYTES, ">u1"), _integers(b, SKETCH_BYTES, ">u1"), 256)
 
 
+def member_distance(a: tuple[bytes, bytes], b: tuple[bytes, bytes]) -> int:
+    """The larger distance of two members' attestations, each (sketch of the outputs, sketch of the rows inside)."""
+    return max(distance(a[0], b[0]), distance(a[1], b[1]))
+
+
 def disowned(sketch: bytes, seed: bytes, entropy: bytes) -> bytes:
     """What a member attests whose own `sketch` says nothing for the stage, because the stage handed on other rows than
     it computed or tokens that are no draws: the sketch moved by 32 bytes that follow from the stage's `seed` and from

@@ -19,7 +19,7 @@ from bsns.chain.errors import ContractError, TransactionFailedError
 from bsns.chain.submitter import Submitter
 from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.identifiers import RequestId
-from bsns.protocol.sketch import distance
+from bsns.protocol.sketch import member_distance
 from bsns.requester.errors import UnavailableError
 
 POLL_INTERVAL_S: Final = 0.25
@@ -173,7 +173,9 @@ class Settlement:
             support = sum(
                 item.stake
                 for _, item in revealed
-                if item.outputTokens == medoid.outputTokens and distance(item.sketch, medoid.sketch) <= terms.tolerance
+                if item.outputTokens == medoid.outputTokens
+                and member_distance((item.sketch, item.innerSketch), (medoid.sketch, medoid.innerSketch))
+                <= terms.tolerance
             )
             if best is None or support > best[0]:
                 best = (support, index)

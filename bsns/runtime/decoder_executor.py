@@ -26,7 +26,7 @@ from bsns.runtime.decoder_families import (
     UnsupportedDecoderError,
     decoder_family,
 )
-from bsns.runtime.executor import BatchStep, ContextLimitError, ExecutionError, StageSession
+from bsns.runtime.executor import BatchStep, ContextLimitError, ExecutionError, InsideRows, StageSession
 from bsns.runtime.ragged_attention import ATTENTIONS, LONGEST_SHORT_STEP, DecoderSession, RaggedBatch
 from bsns.runtime.weight_formats import ARITHMETICS, PackedLinear, pack
 from bsns.runtime.weight_store import CONFIG_FILE, WeightStore
@@ -212,16 +212,28 @@ class StageExecutor:
             return DecoderSession(len(self._blocks), shape.key_heads, shape.head_width, max_tokens, self._device)
 
     def forward(
-        self, session: StageSession, inputs: Tensor, *, position: int, logit_rows: Sequence[int] | None = None
+        self,
+        session: StageSession,
+        inputs: Tensor,
+        *,
+        position: int,
+        logit_rows: Sequence[int] | None = None,
+        inside: InsideRows | None = None,
     ) -> Tensor:
         """Runs one step and advances the session by its rows.
 
         `inputs`: int64 [n] token ids where the stage has the embedding, else float32 [n, hidden]. `position`: of the
         first row; must be the session's. Returns float32 [n, hidden], or with the head logits float32 [rows,
-        vocabulary] for `logit_rows` (indices into the n rows; default the last). Raises `ExecutionError` and
-        `ContextLimitError`; the session is then as before.
+        vocabulary] for `logit_rows` (indices into the n rows; default the last). `inside` gets float32 [n, hidden].
+        Raises `ExecutionError` and `ContextLimitError`; the session is then as before.
         """
-        output = self.forward_batch([BatchStep(session, inputs, position, logit_rows)])[0]
+        step = BatchStep(session, inputs, position, logit_rows)
+        if inside is None:
+            output = self.forward_batch([step])[0]
+        else:
+            checked = self._checked(step)
+            output = self._outputs([(step, checked)], inside)[0]
+            checked.advance(len(inputs))
         if isinstance(output, Exception):
             raise output
         return output
@@ -250,13 +262,16 @@ class StageExecutor:
                 results[number] = output
         return [item for item in results if item is not None]
 
-    def _outputs(self, running: Sequence[tuple[BatchStep, DecoderSession]]) -> list[Tensor]:
+    def _outputs(
+        self, running: Sequence[tuple[BatchStep, DecoderSession]], inside: InsideRows | None = None
+    ) -> list[Tensor]:
         """Outputs of each step, complete and on the CPU. Counts nothing."""
         self._use_threads()
         rows = [len(step.inputs) for step, _ in running]
         inputs, sessions = [step.inputs for step, _ in running], [session for _, session in running]
         with on_device(self._device), torch.inference_mode():
-            if self._graphs is not None and max(rows) <= LONGEST_SHORT_STEP and sum(rows) <= _LARGEST_GRAPH:
+            is_short = max(rows) <= LONGEST_SHORT_STEP and sum(rows) <= _LARGEST_GRAPH
+            if self._graphs is not None and is_short and inside is None:
                 outputs = self._graphs.step(self._rows, sessions, inputs).split(rows)
                 if not self.has_head:
                     return list(outputs)
@@ -269,13 +284,13 @@ class StageExecutor:
             )
             joined = (inputs[0] if len(inputs) == 1 else torch.cat(inputs)).to(self._device)
             if not self.has_head:
-                return list(to_host(self._rows(batch, joined)).split(rows))
+                return list(to_host(self._rows(batch, joined, inside=inside)).split(rows))
             chosen, first = [], 0
             for (step, _), count in zip(running, rows, strict=True):
                 chosen.append([first + row for row in ([count - 1] if step.logit_rows is None else step.logit_rows)])
                 first += count
             wanted = torch.tensor([row for each in chosen for row in each], dtype=torch.int64, device=self._device)
-            return list(to_host(self._rows(batch, joined, wanted)).split([len(each) for each in chosen]))
+            return list(to_host(self._rows(batch, joined, wanted, inside)).split([len(each) for each in chosen]))
 
     def _checked(self, step: BatchStep) -> DecoderSession:
         session, inputs = step.session, step.inputs
@@ -349,10 +364,18 @@ class StageExecutor:
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
 
-    def _rows(self, batch: RaggedBatch, inputs: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def _rows(
+        self,
+        batch: RaggedBatch,
+        inputs: Tensor,
+        wanted: Tensor | None = None,
+        inside: InsideRows | None = None,
+    ) -> Tensor:
         """Outputs of a batch, where the stage has the head of its rows `wanted` (None: of all). `inputs`: all rows,
         [rows] token ids or [rows, hidden].
         """
+        # A unit is the embedding, a block or the head; of a stage of the embedding alone the rows are its outputs.
+        last_block = len(self._blocks) - 1 if self._head is None and self._end_unit - self._first_unit > 1 else None
         hidden = inputs
         if self._embedding is not None:
             hidden = nn.functional.embedding(inputs, self._embedding)
@@ -363,7 +386,12 @@ class StageExecutor:
         if self._blocks:
             rotation = self._rotation(hidden, batch)
             for number, block in enumerate(self._blocks):
+                if inside is not None and number == last_block:
+                    inside(to_host(hidden.clone()))
                 hidden = block.forward(hidden, rotation, batch, number)
+        if inside is not None and last_block is None:
+            # Before the head; of a stage of one unit that is not the head its outputs.
+            inside(to_host(hidden.clone()))
         if self._norm is None or self._head is None:
             return hidden
         logits: Tensor = self._head(self._norm(hidden if wanted is None else hidden[wanted]))

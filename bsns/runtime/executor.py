@@ -25,6 +25,10 @@ from bsns.runtime.weight_store import WeightStore
 REEXECUTION_ROWS: Final = 256
 
 
+InsideRows = Callable[[Tensor], None]
+"""Takes float32 [n, width] on the CPU: rows inside a stage, of every row of a step in their order."""
+
+
 class ExecutionError(ValueError):
     """A stage cannot be built or a step cannot run as asked. The message says what was expected."""
 
@@ -93,9 +97,17 @@ class ShardExecutor(Protocol):
         ...
 
     def forward(
-        self, session: StageSession, inputs: Tensor, *, position: int, logit_rows: Sequence[int] | None = None
+        self,
+        session: StageSession,
+        inputs: Tensor,
+        *,
+        position: int,
+        logit_rows: Sequence[int] | None = None,
+        inside: InsideRows | None = None,
     ) -> Tensor:
-        """One step: `forward_batch` with one, whose error is raised."""
+        """One step: `forward_batch` with one, whose error is raised. `inside` gets the rows that the stage's last unit
+        takes, which no other stage sees; of a stage of one unit rows that others see, too.
+        """
         ...
 
     def forward_batch(self, steps: Sequence["BatchStep"]) -> list[Tensor | Exception]:
@@ -172,9 +184,10 @@ def iterate_reexecution(
     *,
     chunk_rows: int = REEXECUTION_ROWS,
     session: StageSession | None = None,
+    inside: InsideRows | None = None,
 ) -> Iterator[Tensor]:
     """Re-executes a whole session in one teacher-forced pass and yields each step's outputs in order. In `session`, if
-    an empty one is given, which can then go on behind the last step.
+    an empty one is given, which can then go on behind the last step. `inside` as of `ShardExecutor.forward`, in pieces.
 
     What `forward` gave for the step: float32 [n, hidden], or for a stage with the head the logits [logit_rows,
     vocabulary]. The first step is at position 0. A later one begins behind the step before it or goes back to one of
@@ -191,7 +204,7 @@ def iterate_reexecution(
         if end == len(steps) or steps[end].position < steps[end - 1].position + steps[end - 1].inputs.shape[0]:
             if first:
                 session.truncate(steps[first].position)
-            yield from _iterate_contiguous(executor, session, steps[first:end], chunk_rows)
+            yield from _iterate_contiguous(executor, session, steps[first:end], chunk_rows, inside)
             first = end
 
 
@@ -206,7 +219,11 @@ def _check_positions(steps: Sequence[StepInput]) -> None:
 
 
 def _iterate_contiguous(
-    executor: ShardExecutor, session: StageSession, steps: Sequence[StepInput], chunk_rows: int
+    executor: ShardExecutor,
+    session: StageSession,
+    steps: Sequence[StepInput],
+    chunk_rows: int,
+    inside: InsideRows | None,
 ) -> Iterator[Tensor]:
     """Outputs of steps that leave nothing out between them, from the session's position on."""
     has_head = executor.end_unit == len(executor.manifest.units)
@@ -227,7 +244,7 @@ def _iterate_contiguous(
         rows: list[int] | None = None
         if has_head:
             rows = [row - first for row in asked[bisect_left(asked, first) : bisect_left(asked, last)]]
-        output = executor.forward(session, chunk, position=begin + first, logit_rows=rows)
+        output = executor.forward(session, chunk, position=begin + first, logit_rows=rows, inside=inside)
         taken = 0
         while number < len(ends) and wanted[number].start < last:
             # Rows of this step that lie in this chunk.

@@ -9,6 +9,7 @@ network.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -16,11 +17,16 @@ from torch import Tensor
 
 from bsns.protocol.manifest import EXPORTED, ModelManifest
 from bsns.runtime.cuda import open_device
-from bsns.runtime.executor import BatchStep, ContextLimitError, ExecutionError, StageSession, forward_each
+from bsns.runtime.executor import BatchStep, ContextLimitError, ExecutionError, InsideRows, StageSession, forward_each
 from bsns.runtime.program import BATCH, Program, ProgramError, ProgramSlice
 from bsns.runtime.weight_store import WeightStore
 
 PROGRAM_FILE: Final = "program.json"
+
+
+def _joined(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """The row of what crosses a cut: float32 [1, width] on the CPU."""
+    return torch.cat([tensors[name].reshape(-1) for name in names]).unsqueeze(0).cpu()
 
 
 @lru_cache(maxsize=4)
@@ -100,10 +106,15 @@ class ProgramExecutor:
             if progress is not None:
                 progress(done, total)
         order = range(program.operator_count)
+
+        def cut(first: int, end: int) -> ProgramSlice:
+            return ProgramSlice(program, tensors, order, places[first], places[end], device=self._device)
+
+        self._cut = cut
+        # Before and behind the cut ahead of the last unit, made when somebody wants to see what crosses it.
+        self._parts: list[ProgramSlice] | None = None
         try:
-            self._slice = ProgramSlice(
-                program, tensors, order, places[first_unit], places[end_unit], device=self._device
-            )
+            self._slice = cut(first_unit, end_unit)
         except ProgramError as error:
             raise ExecutionError(f"units [{first_unit}, {end_unit}) of {manifest.name}: {error}") from error
         self._program = program
@@ -154,13 +165,20 @@ class ProgramExecutor:
         return _RowSession()
 
     def forward(
-        self, session: StageSession, inputs: Tensor, *, position: int, logit_rows: Sequence[int] | None = None
+        self,
+        session: StageSession,
+        inputs: Tensor,
+        *,
+        position: int,
+        logit_rows: Sequence[int] | None = None,
+        inside: InsideRows | None = None,
     ) -> Tensor:
         """Runs the stage on the session's row.
 
         `inputs`: float32 [1, manifest.row_width(first_unit)]; `position` is 0. Returns float32
         [1, manifest.row_width(end_unit)] on the CPU, or from the last unit the rows `logit_rows` (default the only
-        one). Raises `ExecutionError` and `ContextLimitError`; the session is then as before.
+        one). `inside` gets the row before the last unit. Raises `ExecutionError` and `ContextLimitError`; the session
+        is then as before.
         """
         if not isinstance(session, _RowSession):
             raise ExecutionError("the session belongs to another kind of executor; open one with new_session()")
@@ -184,9 +202,19 @@ class ProgramExecutor:
         row = inputs[0].to(self._device)
         pieces = row.split([math.prod(shape) for shape in self._taken.values()])
         tensors = {name: piece.view(shape) for (name, shape), piece in zip(self._taken.items(), pieces, strict=True)}
-        outputs = self._run(tensors, self._row_sizes)
+        if inside is None:
+            outputs = self._run(self._slice, tensors, self._row_sizes)
+        else:
+            if self._parts is None:
+                cuts = sorted({self._first_unit, self._end_unit - 1, self._end_unit})
+                self._parts = [self._cut(*bounds) for bounds in pairwise(cuts)]
+            first, *others = self._parts
+            outputs = self._run(first, tensors, self._row_sizes)
+            inside(_joined(outputs, first.carried_out))
+            for part in others:
+                outputs = self._run(part, outputs, self._row_sizes)
         session.advance()
-        joined = torch.cat([outputs[name].reshape(-1) for name in self._given]).unsqueeze(0).cpu()
+        joined = _joined(outputs, tuple(self._given))
         return joined if not is_last or logit_rows is None else joined[list(logit_rows)]
 
     def forward_batch(self, steps: Sequence[BatchStep]) -> list[Tensor | Exception]:
@@ -212,13 +240,13 @@ class ProgramExecutor:
 
         def run() -> None:
             for _ in range(repeats):
-                self._run(tensors, sizes)
+                self._run(self._slice, tensors, sizes)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
 
         return run
 
-    def _run(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    def _run(self, part: ProgramSlice, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         # TF32 keeps ten bits of the mantissa, and cuDNN may pick another algorithm in each run: neither is the declared
@@ -226,7 +254,7 @@ class ProgramExecutor:
         torch.backends.cuda.matmul.allow_tf32 = False
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             try:
-                return self._slice.run(tensors, sizes=sizes)
+                return part.run(tensors, sizes=sizes)
             except ProgramError as error:
                 raise ExecutionError(f"units [{self._first_unit}, {self._end_unit}): {error}") from error
 

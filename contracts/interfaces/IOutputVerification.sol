@@ -76,7 +76,8 @@ struct StageRecord {
 
 struct Attestation {
     bytes32 commitment;
-    bytes32 evidenceRoot;
+    /// Of rows inside the stage that nobody shows.
+    bytes32 innerSketch;
     bytes32 sketch;
     uint32 outputTokens;
     bool revealed;
@@ -119,6 +120,7 @@ struct EvidenceStep {
 ///         sum of these. Seats follow stake already; counted by stake alone one large key would outvote the many of which few are drawn.
 /// @dev Safety (CDV-02): let honest sketches lie within r of the true one, tau = 2r, honest stake > 2/3 of the revealed stake. An
 ///      accepted medoid has an honest supporter, so it lies within tau + r = 3r of the truth and every honest node within 4r = 2 tau of it.
+///      Of two members the distance is the larger one of their two sketches', which is a metric too.
 interface IOutputVerification {
     error NotExecutor(uint16 stage, address expected, address actual);
     error StageAlreadyCommitted(RequestId requestId, uint16 stage);
@@ -197,7 +199,7 @@ interface IOutputVerification {
         uint8 indexed round,
         uint16 indexed stage,
         address node,
-        bytes32 evidenceRoot,
+        bytes32 innerSketch,
         bytes32 sketch,
         uint32 outputTokens,
         bytes32 salt
@@ -255,10 +257,13 @@ interface IOutputVerification {
 
     /// @notice A member opens its commitment of the current round. `outputTokens` 0 says that the executor kept its evidence back: such an
     ///         attestation agrees only with its like; it is unpaid beside others, slashes no other member and is not slashed by them.
+    /// @dev `innerSketch` takes the place of the evidence root in commitmentOf. It is of the rows inside the stage, before its last unit, under a seed
+    ///      that follows from the entropy block: nobody shows those rows, so they must be computed. Members are compared by both
+    ///      sketches, the executor by its output alone.
     function revealAttestation(
         RequestId requestId,
         uint16 stage,
-        bytes32 evidenceRoot,
+        bytes32 innerSketch,
         bytes32 sketch,
         uint32 outputTokens,
         bytes32 salt

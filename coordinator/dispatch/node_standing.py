@@ -19,7 +19,7 @@ import structlog
 from bsns.protocol import reputation
 from bsns.protocol.accumulated_evidence import AccumulatedEvidence
 from bsns.protocol.contract_states import StageVerdict
-from bsns.protocol.sketch import TOLERANCES, distance
+from bsns.protocol.sketch import TOLERANCES, distance, member_distance
 from coordinator.network_state import RequestState, Reveal, TallyState
 from coordinator.storage import ChainPlace, Storage
 from coordinator.transaction_outbox import WorkerThread
@@ -97,8 +97,9 @@ def duties_of(request: RequestState, tolerance: int) -> Iterator[Duty]:
         if medoid.output_tokens != member.reveal.output_tokens:
             yield Duty(member.node, False)
             continue
+        agrees = member_distance(medoid.sketches, member.reveal.sketches) <= tolerance
         away = distance(medoid.sketch, member.reveal.sketch)
-        yield Duty(member.node, away <= tolerance, None if member.reveal.output_tokens == 0 else away)
+        yield Duty(member.node, agrees, None if member.reveal.output_tokens == 0 else away)
 
 
 class NodeStandings:

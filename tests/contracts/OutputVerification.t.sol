@@ -622,6 +622,57 @@ contract OutputVerificationTallyTest is OutputVerificationScenario {
         _assertNoDuties();
     }
 
+    /// @dev `distance` of what the member says of the rows inside the stage; of the output it says the truth.
+    function _tallyLazyMember(uint256 distance) private returns (RequestId id) {
+        id = _drawnRequest(_plan);
+        Claim memory lazy = _truth(id, 0);
+        lazy.root = _moveSketch(lazy.root, distance);
+        _attestRound(id, NODES, 4, 0, lazy);
+        _revealAllStages(id);
+        _revealMembers(id);
+        _tallyAll(id);
+        _assertVerdict(id, 0, StageVerdict.Accepted);
+        _assertNobodySlashed();
+    }
+
+    function test_CDV_07_memberThatCopiesTheOutput_isSlashedByTheBackupCommittee() public {
+        RequestId id = _tallyLazyMember(2 * TAU + 1);
+        assertEq(verification.verificationOf(id).round, 2);
+        _honestRound(id);
+        assertEq(_stakeOf(4), STAKE - STAKE / 2);
+        _assertPhase(id, Phase.Challengeable);
+        _endChallenge(id);
+        verification.settle(id);
+        assertLt(escrow.creditOf(_operator(4)), escrow.creditOf(_operator(5)), "paid for its other stages only");
+        _assertNoDuties();
+    }
+
+    function test_CDV_07_memberAtTwoTauInside_isNotPaidAndNotSlashed() public {
+        RequestId id = _tallyLazyMember(2 * TAU);
+        assertEq(verification.verificationOf(id).round, 1);
+        _endChallenge(id);
+        verification.settle(id);
+        assertLt(escrow.creditOf(_operator(4)), escrow.creditOf(_operator(5)), "paid for its other stages only");
+        _assertNobodySlashed();
+    }
+
+    function test_CDV_07_copiedOutput_isNoMedoidForThoseWhoComputed() public {
+        RequestId id = _drawnRequest(_plan);
+        Claim memory lazy = _truth(id, 0);
+        lazy.root = ~lazy.root;
+        _attestRound(id, NODES, 4, 0, lazy);
+        _revealAllStages(id);
+        _revealMembers(id);
+        address[] memory members = verification.membersOf(id, 1, 0);
+        for (uint256 i = 0; i < members.length; i++) {
+            if (members[i] != _hot(4)) continue;
+            vm.expectPartialRevert(IOutputVerification.MedoidWithoutQuorum.selector);
+            verification.tally(id, 0, i);
+            return;
+        }
+        fail();
+    }
+
     function test_tally_memberBetweenTauAndTwoTau_isNeitherSlashedNorPaid() public {
         RequestId id = _drawnRequest(_plan);
         Claim memory off = _moved(_truth(id, 0), TAU + 1);

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsns.runtime.executor import BatchStep, ShardExecutor, StageSession, forward_each, open_stage
+from bsns.runtime.executor import BatchStep, InsideRows, ShardExecutor, StageSession, forward_each, open_stage
 from bsns.runtime.weight_store import WeightStore
 from node_client import cli
 from node_client.service import NodeService
@@ -30,15 +30,25 @@ class CheatingExecutor:
         return getattr(self._honest, name)
 
     def forward(
-        self, session: StageSession, inputs: Tensor, *, position: int, logit_rows: Sequence[int] | None = None
+        self,
+        session: StageSession,
+        inputs: Tensor,
+        *,
+        position: int,
+        logit_rows: Sequence[int] | None = None,
+        inside: InsideRows | None = None,
     ) -> Tensor:
-        output = self._honest.forward(session, inputs, position=position, logit_rows=logit_rows)
-        generator = torch.Generator().manual_seed(position)
-        noise = torch.randn(output.shape, generator=generator)
-        return output + NOISE * output.norm(dim=-1, keepdim=True) * noise / noise.norm(dim=-1, keepdim=True)
+        within = None if inside is None else (lambda rows: inside(_noisy(rows, position)))
+        output = self._honest.forward(session, inputs, position=position, logit_rows=logit_rows, inside=within)
+        return _noisy(output, position)
 
     def forward_batch(self, steps: Sequence[BatchStep]) -> list[Tensor | Exception]:
         return forward_each(self, steps)  # type: ignore[arg-type]
+
+
+def _noisy(rows: Tensor, position: int) -> Tensor:
+    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(position))
+    return rows + NOISE * rows.norm(dim=-1, keepdim=True) * noise / noise.norm(dim=-1, keepdim=True)
 
 
 def cheating_executor(store: WeightStore, first_unit: int, end_unit: int, **options: Any) -> ShardExecutor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Container
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from bsns.chain.errors import ContractError
 from bsns.chain.submitter import Submitter
-from bsns.protocol.commitments import EvidenceBuilder, sketch_seed, step_digest
+from bsns.protocol.commitments import EvidenceBuilder, inner_sketch_seed, sketch_seed, step_digest
 from bsns.protocol.contract_states import Phase, RequestStatus
-from bsns.protocol.identifiers import ZERO_HASH, RequestId
+from bsns.protocol.identifiers import ZERO_HASH, ModelId, RequestId
 from bsns.protocol.sampling import SamplingParameters
 from bsns.protocol.sketch import distance
 from bsns.runtime import activation_codec
@@ -24,7 +26,8 @@ from bsns.runtime.executor import forward_each, open_stage
 from bsns.runtime.weight_store import WeightStore
 from bsns.v1 import common_pb2, execution_pb2
 from node_client.evidence_store import EvidenceStore, StageResult
-from node_client.shard_runtime import ShardRuntime, StepOutput, decode_input, new_sketch
+from node_client.reexecution import FetchedEvidence, Reexecution
+from node_client.shard_runtime import ShardRuntime, StepOutput, decode_input, inner_sketch, new_sketch
 from tests.integration.node_fixtures import (
     Answer,
     Network,
@@ -81,7 +84,6 @@ async def test_ring_of_three_stages_gives_the_tokens_of_one_process_and_survives
         for stage in staged:
             for attestation in attested:
                 if attestation.arguments["stage"] == stage.arguments["stage"]:
-                    assert attestation.arguments["evidenceRoot"] == stage.arguments["evidenceRoot"]
                     assert attestation.arguments["outputTokens"] == len(expected)
                     distance = await network.client.call(
                         "OutputVerification",
@@ -161,8 +163,8 @@ class LyingExecutor:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._honest, name)
 
-    def forward(self, session: Any, inputs: Any, *, position: int, logit_rows: Any = None) -> Any:
-        return self._honest.forward(session, inputs, position=position, logit_rows=logit_rows) * 1.01 + 0.02
+    def forward(self, session: Any, inputs: Any, **named: Any) -> Any:
+        return self._honest.forward(session, inputs, **named) * 1.01 + 0.02
 
     def forward_batch(self, steps: Any) -> Any:
         return forward_each(self, steps)  # type: ignore[arg-type]
@@ -259,8 +261,8 @@ async def test_stage_that_sketches_honestly_and_hands_on_other_rows_has_a_sketch
 async def near_their_own_commitment(
     network: Network, opened: OpenedRequest, answer: Answer, stages: int, far: Container[int] = ()
 ) -> None:
-    """Everybody attests the executor's evidence and the answer's number of tokens. All members' sketches lie within the
-    honest radius of the executor's, those of the stages `far` beyond 2 tau and still as near to one another.
+    """Everybody attests the answer's number of tokens. All members' sketches lie within the honest radius of the
+    executor's, those of the stages `far` beyond 2 tau and still as near to one another as those of the rows inside.
     """
     attested = await reveals(network, opened, "AttestationRevealed", stages * (len(network.services) - 1))
     staged = {
@@ -269,11 +271,86 @@ async def near_their_own_commitment(
     for stage, own in staged.items():
         found = [item.arguments for item in attested if item.arguments["stage"] == stage]
         assert {own["outputTokens"], *(item["outputTokens"] for item in found)} == {len(answer.tokens)}
-        assert {item["evidenceRoot"] for item in found} == {own["evidenceRoot"]}
         for item in found:
             away = distance(bytes(item["sketch"]), bytes(own["sketch"]))
             assert away > 256 if stage in far else away <= 64, (stage, away)
-            assert distance(bytes(item["sketch"]), bytes(found[0]["sketch"])) <= 64
+            for name in ("sketch", "innerSketch"):
+                assert distance(bytes(item[name]), bytes(found[0][name])) <= 64, (stage, name)
+
+
+def copying_the_output(duties: Reexecution) -> Callable[..., Any]:
+    """Reexecution's work of a member that sketches what the executor shows instead of executing the stage."""
+    execute = duties._execute
+
+    async def copy(case: Any, stage: int, model: ModelId, fetched: FetchedEvidence) -> StageResult:
+        if not fetched.outputs:
+            return await execute(case, stage, model, fetched)
+        served = case.route[stage]
+        runtime = duties._runtime
+        executor = await runtime.executor(model, served.first_unit, served.end_unit)
+        sketch = new_sketch(sketch_seed(case.request_id, stage), executor)
+        width = case.manifest.row_width(served.end_unit)
+        inside = inner_sketch(inner_sketch_seed(case.request_id, stage, case.entropy), executor, width)
+        for data in fetched.outputs:
+            rows = np.frombuffer(data, "<f4").reshape(-1, width)
+            sketch.add(rows)
+            inside.add(rows)
+        runtime.release(executor)
+        return StageResult(inside.value(), sketch.value(), bytes(32), fetched.output_tokens)
+
+    return copy
+
+
+async def tally_round(network: Network, opened: OpenedRequest, round_: int) -> None:
+    """Judge each disputed stage by the first member that finds a quorum, once all have revealed."""
+    anyone = Submitter(network.client, network.requester)
+
+    async def judged(stage: int) -> bool:
+        view = await network.client.call("OutputVerification", "verificationOf", opened.id)
+        record = await network.client.call("OutputVerification", "stageRecordOf", opened.id, stage)
+        if view.round != round_ or view.phase == Phase.CHALLENGEABLE or not record.disputed:
+            return True
+        members = await network.client.call("OutputVerification", "membersOf", opened.id, round_, stage)
+        for medoid in range(len(members)):
+            # Refused until all have revealed, and of a member that has no quorum.
+            with suppress(ContractError):
+                await anyone.submit("OutputVerification", "tally", opened.id, stage, medoid)
+                return True
+        return False
+
+    for stage in range(3):
+        await until(lambda stage=stage: judged(stage), f"tally of stage {stage} in round {round_}")  # type: ignore[misc]
+
+
+async def test_member_that_copies_what_it_is_shown_loses_stake_and_nobody_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_network(tmp_path) as network:
+        names = ("a", "b", "c", "d")
+        nodes = {name: (await network.start_node(name))[1].node for name in names}
+        await network.until_active(*nodes.values())
+        before = {name: await network.client.call("NodeRegistry", "stakeOf", node) for name, node in nodes.items()}
+        plan = await network.publish_plan([("a", 0, 2), ("b", 2, 4), ("c", 4, 6)])
+        lazy = network.services["d"].reexecution
+        assert lazy is not None
+        monkeypatch.setattr(lazy, "_execute", copying_the_output(lazy))
+        opened = await network.open_request(plan, PROMPT, GREEDY)
+        answer = await network.ask(opened, ("a", "b", "c"))
+        await network.draw(opened)
+        attested = await reveals(network, opened, "AttestationRevealed", 9)
+        staged = {item.arguments["stage"]: item for item in await reveals(network, opened, "StageRevealed", 3)}
+        for item in attested:
+            values, own = item.arguments, staged[item.arguments["stage"]].arguments
+            assert distance(bytes(values["sketch"]), bytes(own["sketch"])) <= 64, "the copy is as near as the computed"
+            assert values["outputTokens"] == len(answer.tokens)
+        await tally_round(network, opened, 1)
+        assert (await network.client.call("OutputVerification", "verificationOf", opened.id)).round == 2
+        await tally_round(network, opened, 2)
+        view = await network.client.call("OutputVerification", "verificationOf", opened.id)
+        assert view.phase == Phase.CHALLENGEABLE, "the executors did their work"
+        for name, node in nodes.items():
+            stake = await network.client.call("NodeRegistry", "stakeOf", node)
+            assert (stake < before[name]) == (name == "d"), name
 
 
 async def test_executor_that_invents_its_inputs_has_no_valid_evidence_and_loses_its_stake_and_no_other_does(

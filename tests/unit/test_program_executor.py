@@ -142,6 +142,21 @@ def test_executor_is_reexecuted_like_any_other(store: WeightStore) -> None:
         row = direct
 
 
+def test_row_inside_is_what_the_last_unit_takes(store: WeightStore) -> None:
+    units = len(store.manifest.units)
+    stage, shorter = ProgramExecutor(store, 0, units), ProgramExecutor(store, 0, units - 1)
+    row = torch.randn(1, store.manifest.row_width(0), generator=torch.Generator().manual_seed(2))
+    found: list[Tensor] = []
+    for _ in range(2):
+        output = stage.forward(stage.new_session(1), row, position=0, inside=found.append)
+        torch.testing.assert_close(output, through([stage], row), rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[0], through([shorter], row))
+    assert torch.equal(found[0], found[1])
+    alone: list[Tensor] = []
+    last = ProgramExecutor(store, units - 1, units)
+    assert torch.equal(last.forward(last.new_session(1), found[0], position=0, inside=alone.append), alone[0])
+
+
 def test_session_takes_one_row_and_can_be_repeated(store: WeightStore) -> None:
     executor = ProgramExecutor(store, 0, len(store.manifest.units))
     row = torch.randn(1, store.manifest.input_width)

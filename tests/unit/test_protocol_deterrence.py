@@ -16,7 +16,7 @@ CHEAT = ExecutorCheat(
     sampling=0.1, stake=1.0, fee=0.002, saved=0.001, incorrect_slash=0.5, withhold_slash=0.05, in_flight=20
 )
 LAZY = LazyMember(
-    reexecution=0.001, reward=0.002, false_rate=0.0, stake=1.0, incorrect_slash=0.5, jail_loss=0.01, keeps_silent=True
+    reexecution=0.001, reward=0.002, found_rate=0.0, stake=1.0, incorrect_slash=0.5, jail_loss=0.01, keeps_silent=True
 )
 shares = st.floats(0.01, 1.0)
 cheats = st.builds(
@@ -107,12 +107,12 @@ def test_what_is_never_detected_always_pays() -> None:
     assert unseen.most_in_flight() == 0
 
 
-def test_lazy_member_gains_the_reexecution_unless_stages_are_false() -> None:
+def test_lazy_member_gains_the_reexecution_unless_copies_are_found() -> None:
     assert LAZY.expected_gain == 0.001
-    rate = LAZY.smallest_false_rate()
+    rate = LAZY.smallest_found_rate()
     assert rate == pytest.approx(0.001 / (0.002 + 0.01))
-    assert replace(LAZY, false_rate=rate * 1.001).is_deterred
-    assert not replace(LAZY, false_rate=rate * 0.999).is_deterred
+    assert replace(LAZY, found_rate=rate * 1.001).is_deterred
+    assert not replace(LAZY, found_rate=rate * 0.999).is_deterred
 
 
 def test_lazy_member_that_cannot_keep_silent_loses_its_slash() -> None:
@@ -122,8 +122,8 @@ def test_lazy_member_that_cannot_keep_silent_loses_its_slash() -> None:
 
 
 def test_lazy_member_for_whom_nothing_is_at_stake_is_never_deterred() -> None:
-    assert replace(LAZY, reward=0.0, jail_loss=0.0).smallest_false_rate() is None
-    assert replace(LAZY, reexecution=0.0).smallest_false_rate() == 0
+    assert replace(LAZY, reward=0.0, jail_loss=0.0).smallest_found_rate() is None
+    assert replace(LAZY, reexecution=0.0).smallest_found_rate() == 0
 
 
 def test_verifier_share_pays_every_seat_its_check() -> None:
@@ -141,7 +141,7 @@ def test_executor_out_of_range_is_refused(field: str, value: float) -> None:
         replace(CHEAT, **{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("false_rate", 2.0), ("reward", -1.0), ("jail_loss", math.inf)])
+@pytest.mark.parametrize(("field", "value"), [("found_rate", 2.0), ("reward", -1.0), ("jail_loss", math.inf)])
 def test_member_out_of_range_is_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         replace(LAZY, **{field: value})

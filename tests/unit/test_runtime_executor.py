@@ -98,6 +98,34 @@ def test_reexecution_gives_each_steps_outputs(store: WeightStore, first: int, en
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("first", "end"), [(0, 3), (3, 6), (2, 4), (0, 6), (0, 2)])
+@pytest.mark.parametrize("chunk_rows", [256, 4])
+def test_rows_inside_are_what_the_last_unit_takes(store: WeightStore, first: int, end: int, chunk_rows: int) -> None:
+    stage, shorter = StageExecutor(store, first, end), StageExecutor(store, first, end - 1)
+    generator = torch.Generator().manual_seed(5)
+    steps = []
+    for position, rows in ((0, 7), (7, 1), (8, 5), (10, 1)):
+        inputs = (
+            torch.randn(rows, 32, generator=generator) if first else torch.randint(0, 97, (rows,), generator=generator)
+        )
+        steps.append(StepInput(position, inputs, rows))
+    found: list[torch.Tensor] = []
+    outputs = list(iterate_reexecution(stage, steps, chunk_rows=chunk_rows, inside=found.append))
+    for expected, actual in zip(reexecute(stage, steps, chunk_rows=chunk_rows), outputs, strict=True):
+        assert torch.equal(expected, actual), "looking inside changes nothing"
+    inside = torch.cat(reexecute(shorter, steps, chunk_rows=chunk_rows))
+    torch.testing.assert_close(torch.cat(found), inside, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [0, 1, 5])
+def test_stage_of_one_unit_shows_rows_that_others_see(store: WeightStore, unit: int) -> None:
+    stage = StageExecutor(store, unit, unit + 1)
+    inputs = torch.randn(3, 32) if unit else torch.tensor([1, 2, 3])
+    found: list[torch.Tensor] = []
+    output = stage.forward(stage.new_session(3), inputs, position=0, inside=found.append)
+    assert torch.equal(found[0], inputs if stage.has_head else output)
+
+
 @pytest.mark.parametrize(("first", "end"), [(0, 3), (3, 6), (2, 4)])
 @pytest.mark.parametrize("chunk_rows", [256, 4, 1])
 def test_reexecution_of_steps_that_take_rows_back_gives_what_each_step_gave(

@@ -346,6 +346,7 @@ abstract contract ProtocolHandler is Swarm {
                 uint256 mood = uint256(keccak256(abi.encode(seed, stage, i)));
                 if (!_calm && mood % 16 == 0) continue;
                 Claim memory claim = _honestClaim(id, stage, mood);
+                claim.root = _moveSketch(claim.root, (mood >> 16) % (R + 1));
                 if (_withheld[id][stage] && mood % 3 != 0) claim = Claim(0, 0, 0, 0);
                 // Liars of one request tell one lie: that is the strongest they can do.
                 if (_lies(_nodes[i], mood)) claim = _lie(id, stage, mood % 2 == 0 ? 0 : mood);
@@ -658,13 +659,15 @@ abstract contract ProtocolHandler is Swarm {
         return _moved(_truth(id, stage), seed % (R + 1));
     }
 
-    /// @dev Another model's output, something near the edge of what passes, another length, or no evidence.
+    /// @dev Another model's output, something near the edge of what passes, another length, or of a member the true output without
+    ///      what is inside the stage.
     function _lie(RequestId id, uint16 stage, uint256 seed) private pure returns (Claim memory claim) {
         claim = _truth(id, stage);
         uint256 kind = (seed >> 32) % 4;
         if (kind == 0) return _moved(claim, 3 * TAU);
         if (kind == 1) return _moved(claim, R + 1 + (seed >> 40) % (4 * TAU));
         if (kind == 2) claim.tokens = 1;
+        if (kind == 3) claim.root = _moveSketch(claim.root, R + 1 + (seed >> 40) % (4 * TAU));
         return claim;
     }
 

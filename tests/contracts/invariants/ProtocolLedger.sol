@@ -151,15 +151,19 @@ contract ProtocolLedger is Swarm {
             uint256 vote = _vote(id, round, attestation.stake);
             revealed += vote;
             bool nothing = _withheld[id][stage] && attestation.outputTokens == 0;
-            if (nothing || _isTrue(id, stage, attestation.outputTokens, attestation.sketch)) {
-                honest += vote;
-            }
+            if (nothing || _isTrueMember(id, stage, attestation)) honest += vote;
         }
         return honest * 3 > revealed * 2;
     }
 
     function _isTrue(RequestId id, uint16 stage, uint32 tokens, bytes32 sketch) private view returns (bool) {
         return tokens == ANSWER_TOKENS && verification.sketchDistance(sketch, _truth(id, stage).sketch) <= R;
+    }
+
+    /// @dev Also of the rows inside the stage, which only who executes it has.
+    function _isTrueMember(RequestId id, uint16 stage, Attestation memory attestation) private view returns (bool) {
+        return _isTrue(id, stage, attestation.outputTokens, attestation.sketch)
+            && verification.sketchDistance(attestation.innerSketch, _truth(id, stage).root) <= R;
     }
 
     function _takesPart(RequestId id, uint16 stage, uint8 rounds, address node) private view returns (bool) {
@@ -179,7 +183,7 @@ contract ProtocolLedger is Swarm {
         for (uint8 round = 1; round <= rounds; round++) {
             Attestation memory attestation = verification.attestationOf(id, round, stage, node);
             if (!attestation.revealed || attestation.outputTokens == 0) continue;
-            if (!_isTrue(id, stage, attestation.outputTokens, attestation.sketch)) return true;
+            if (!_isTrueMember(id, stage, attestation)) return true;
         }
         return false;
     }
@@ -266,7 +270,7 @@ contract ProtocolLedger is Swarm {
         if (!attestation.revealed) return;
         assertEq(attestation.commitment, _commitment(id, round, stage, member, claim), "CDV-01");
         assertEq(attestation.sketch, claim.sketch, "CDV-01");
-        assertEq(attestation.evidenceRoot, claim.root, "CDV-01");
+        assertEq(attestation.innerSketch, claim.root, "CDV-01");
         assertEq(attestation.outputTokens, claim.tokens, "CDV-01");
     }
 
