@@ -50,6 +50,11 @@ audit = typer.Typer(
     help="The record of a request, the plan of a model, or all of a range of blocks: checked from the chain alone.",
 )
 app.add_typer(audit, name="audit")
+tab = typer.Typer(
+    no_args_is_help=True,
+    help="Money put down once for many requests: `bsns request --tab` pays out of it, without a transaction.",
+)
+app.add_typer(tab, name="tab")
 
 _Rpc = Annotated[str, typer.Option("--rpc", envvar="BSNS_RPC_URL", help="JSON-RPC endpoint of the chain.")]
 _DeploymentFile = Annotated[
@@ -84,6 +89,18 @@ _ModelFolder = Annotated[
 ]
 _Publisher = Annotated[
     str | None, typer.Option("--publisher", help="Whose plan to pay for; default: the newest active.")
+]
+_Coordinator = Annotated[
+    str | None,
+    typer.Option("--coordinator", envvar="BSNS_COORDINATOR", help="host:port of the coordinator whose plan you pay."),
+]
+_CoordinatorCertificate = Annotated[
+    Path | None,
+    typer.Option(
+        "--coordinator-certificate",
+        envvar="BSNS_COORDINATOR_CERTIFICATE",
+        help="Its certificate (PEM); needed off loopback.",
+    ),
 ]
 _MaximumTokens = Annotated[
     int | None,
@@ -183,6 +200,11 @@ def request(
             help="Show the prompt to the node of the last stage too, which can then draft what the answer quotes.",
         ),
     ] = True,
+    on_tab: Annotated[
+        bool, typer.Option("--tab", help="Pay out of your tab with the plan's publisher (`bsns tab fund`).")
+    ] = False,
+    coordinator: _Coordinator = None,
+    coordinator_certificate: _CoordinatorCertificate = None,
     state_dir: _StateDir = DEFAULT_STATE_DIR,
     model_folder: _ModelFolder = None,
     as_json: _Json = False,
@@ -202,23 +224,27 @@ def request(
             raise _UsageError(str(error)) from error
         if record is not None and not record.parent.is_dir():
             raise _UsageError(f"{record.parent} is not a folder: the record could not be written there")
+        if on_tab and record is not None:
+            raise _UsageError("a request on a tab has no record of its own: leave --record out")
         wishes = RouteWishes(frozenset(avoid or ()), None if within_ms is None else within_ms / 1e3)
         async with _client(
             rpc, deployment, key_file, password_file, state_dir, model_folder, share_prompt=share_prompt
         ) as client:
             asked = _asked(client, prompt, prompt_ids, image)
             with _Stream(as_json) as stream:
-                answer = await client.request(
-                    asked,
-                    sampling,
-                    stop=stop or (),
-                    on_token=stream.token,
-                    on_progress=stream.progress,
-                    fee_wei=fee,
-                    publisher=publisher,
-                    wishes=wishes,
-                    wait_for_settlement=wait,
-                )
+                async with _tab_of(client, on_tab, publisher, coordinator, coordinator_certificate) as used:
+                    answer = await client.request(
+                        asked,
+                        sampling,
+                        stop=stop or (),
+                        on_token=stream.token,
+                        on_progress=stream.progress,
+                        fee_wei=fee,
+                        publisher=publisher,
+                        wishes=wishes,
+                        wait_for_settlement=wait,
+                        tab=used,
+                    )
             shown = asked if token_ids and isinstance(asked, list) else None
             await _report_answer(client, answer, shown, record, token_ids, as_json)
 
@@ -233,6 +259,8 @@ def requests(
     password_file: _PasswordFile = None,
     resume: Annotated[str | None, typer.Option("--resume", help="Take up this request where it stopped.")] = None,
     record: Annotated[Path | None, typer.Option("--record", help="With --resume: write the record here.")] = None,
+    coordinator: _Coordinator = None,
+    coordinator_certificate: _CoordinatorCertificate = None,
     state_dir: _StateDir = DEFAULT_STATE_DIR,
     model_folder: _ModelFolder = None,
     as_json: _Json = False,
@@ -243,9 +271,12 @@ def requests(
         async with _client(rpc, deployment, key_file, password_file, state_dir, model_folder) as client:
             if resume is not None:
                 with _Stream(as_json) as stream:
-                    answer = await client.resume(
-                        _request_id(resume), on_token=stream.token, on_progress=stream.progress
-                    )
+                    shown = {"on_token": stream.token, "on_progress": stream.progress}
+                    if client.is_on_tab(_request_id(resume)):
+                        async with _tab_of(client, True, None, coordinator, coordinator_certificate) as used:
+                            answer = await client.resume_on_tab(used, _request_id(resume), **shown)
+                    else:
+                        answer = await client.resume(_request_id(resume), **shown)
                     if not stream.has_shown_text:
                         stream.token(0, answer.text)
                 await _report_answer(client, answer, None, record, False, as_json)
@@ -286,6 +317,168 @@ def refund(
             typer.echo(f"{found.withdrawn_wei:,} wei are back at {client.address}")
 
     _run(run())
+
+
+# ------------------------------------------------------------------------------------------------------------------ tab
+
+
+@tab.command("fund")
+def tab_fund(
+    amount: Annotated[int, typer.Argument(min=1, help="Wei to put on the tab.")],
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    key_file: _KeyFile,
+    password_file: _PasswordFile = None,
+    publisher: _Publisher = None,
+    state_dir: _StateDir = DEFAULT_STATE_DIR,
+    as_json: _Json = False,
+) -> None:
+    """Put money on your tab with the publisher of a plan. Funding a tab that is closing keeps it open."""
+
+    async def run() -> None:
+        async with _client(rpc, deployment, key_file, password_file, state_dir, None) as client:
+            found = client.tab(await client.publisher(publisher))
+            sent = await found.fund(amount)
+            _report_tab(await found.standing(), {"transaction": sent}, as_json)
+
+    _run(run())
+
+
+@tab.command("show")
+def tab_show(
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    key_file: _KeyFile,
+    password_file: _PasswordFile = None,
+    publisher: _Publisher = None,
+    coordinator: _Coordinator = None,
+    coordinator_certificate: _CoordinatorCertificate = None,
+    state_dir: _StateDir = DEFAULT_STATE_DIR,
+    as_json: _Json = False,
+) -> None:
+    """What your tab holds; with --coordinator also what is not on the chain yet."""
+
+    async def run() -> None:
+        async with (
+            _client(rpc, deployment, key_file, password_file, state_dir, None) as client,
+            _tab_of(client, True, publisher, coordinator, coordinator_certificate, needed=False) as found,
+        ):
+            _report_tab(await found.standing(), {}, as_json)
+
+    _run(run())
+
+
+@tab.command("follow")
+def tab_follow(
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    key_file: _KeyFile,
+    password_file: _PasswordFile = None,
+    publisher: _Publisher = None,
+    coordinator: _Coordinator = None,
+    coordinator_certificate: _CoordinatorCertificate = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Longest time to wait.")] = 600.0,
+    state_dir: _StateDir = DEFAULT_STATE_DIR,
+    as_json: _Json = False,
+) -> None:
+    """Give the draws of your batches your share of their entropy: show the secrets of your vouchers, or record them."""
+
+    async def run() -> None:
+        async with (
+            _client(rpc, deployment, key_file, password_file, state_dir, None) as client,
+            _tab_of(client, True, publisher, coordinator, coordinator_certificate) as found,
+        ):
+            waiting = await found.follow(seconds)
+            _report_tab(await found.standing(), {"batches_waiting": waiting}, as_json)
+
+    _run(run())
+
+
+@tab.command("close")
+def tab_close(
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    key_file: _KeyFile,
+    password_file: _PasswordFile = None,
+    publisher: _Publisher = None,
+    state_dir: _StateDir = DEFAULT_STATE_DIR,
+    as_json: _Json = False,
+) -> None:
+    """Begin to close your tab: what it holds can be taken out after the close period."""
+
+    async def run() -> None:
+        async with _client(rpc, deployment, key_file, password_file, state_dir, None) as client:
+            found = client.tab(await client.publisher(publisher))
+            sent = await found.close()
+            _report_tab(await found.standing(), {"transaction": sent}, as_json)
+
+    _run(run())
+
+
+@tab.command("withdraw")
+def tab_withdraw(
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    key_file: _KeyFile,
+    password_file: _PasswordFile = None,
+    publisher: _Publisher = None,
+    state_dir: _StateDir = DEFAULT_STATE_DIR,
+    as_json: _Json = False,
+) -> None:
+    """Take out what your closed tab holds, and what the contract owes you besides."""
+
+    async def run() -> None:
+        async with _client(rpc, deployment, key_file, password_file, state_dir, None) as client:
+            amount, transactions = await client.tab(await client.publisher(publisher)).withdraw()
+        if as_json:
+            _print_json({"withdrawn_wei": amount, "transactions": dict(transactions)})
+        else:
+            typer.echo(f"{amount:,} wei are back at {client.address}")
+
+    _run(run())
+
+
+def _report_tab(standing: Any, more: Mapping[str, object], as_json: bool) -> None:
+    if as_json:
+        _print_json({**_plain(standing), **more})
+        return
+    rows = {
+        "holds": f"{standing.balance:,} wei, for requests of plans of {standing.collector}",
+        "collected": f"{standing.collected:,} wei promised in {standing.tickets} tickets so far",
+    }
+    if standing.closes_at:
+        rows["closes at"] = f"{standing.closes_at} (Unix seconds): then `bsns tab withdraw`"
+    if standing.outstanding is not None:
+        rows["not on the chain yet"] = f"{standing.outstanding:,} wei; the next ticket is {standing.next_ticket}"
+    _table("Tab", rows | {name.replace("_", " "): str(value) for name, value in more.items()})
+
+
+@contextlib.asynccontextmanager
+async def _tab_of(
+    client: Client,
+    wanted: bool,
+    publisher: str | None,
+    coordinator: str | None,
+    certificate: Path | None,
+    *,
+    needed: bool = True,
+) -> Any:
+    """The tab of `client`, connected to its collector if one is given; None if it is not `wanted`."""
+    from bsns.requester.collector import CollectorConnection
+
+    if not wanted:
+        yield None
+        return
+    if coordinator is None:
+        if needed:
+            raise _UsageError("a tab needs its collector: give --coordinator host:port, or set BSNS_COORDINATOR")
+        yield client.tab(await client.publisher(publisher))
+        return
+    connection = CollectorConnection(coordinator, certificate)
+    try:
+        yield client.tab(await client.publisher(publisher), connection)
+    finally:
+        await connection.close()
 
 
 # --------------------------------------------------------------------------------------------------------------- models

@@ -13,39 +13,29 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, NoReturn, TypeVar
+from typing import TypeVar
 
 import grpc
 import structlog
-from google.protobuf import any_pb2
-from google.rpc import error_details_pb2, status_pb2
 
 from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.identifiers import ModelId, ProtocolError, address
 from bsns.protocol.measurements import NodeMeasurements
 from bsns.protocol.typed_data import ATTACH_PROOF, Domain, is_signed_by, signing_digest
-from bsns.v1 import common_pb2, coordination_pb2, coordination_pb2_grpc
+from bsns.v1 import coordination_pb2, coordination_pb2_grpc
 from coordinator.dispatch.node_pool import AttachedNode, NodePool, PoolFullError
 from coordinator.dispatch.plan_publication import PlanPublication
+from coordinator.refusals import Refusal, abort
 from coordinator.storage import Storage, StorageUnavailableError
+from coordinator.tab_collector import TabCollector
 from coordinator.transaction_outbox import WorkerThread
 
-_ERROR_DOMAIN = "bsns"
 _CHALLENGE_BYTES = 32
 _MINUTE = 60.0
-_DETAILS_KEY: Final = "grpc-status-details-bin"
 _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
 
 _Context = grpc.aio.ServicerContext[coordination_pb2.AttachRequest, coordination_pb2.AttachResponse]
-
-
-class _Refusal(Exception):
-    """Why a conversation ends; `reason` is the name of an ErrorReason without its prefix."""
-
-    def __init__(self, code: grpc.StatusCode, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.code, self.reason, self.message = code, reason, message
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +58,7 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
         storage: Storage,
         pool: NodePool,
         publications: Mapping[ModelId, PlanPublication],
+        tabs: TabCollector | None = None,
         registry_domain: Domain,
         assignments_domain: Domain,
         limits: ConversationLimits,
@@ -78,6 +69,7 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
         self._storage = storage
         self._pool = pool
         self._publications = publications
+        self._tabs = tabs
         self._registry_domain = registry_domain
         self._assignments_domain = assignments_domain
         self._limits = limits
@@ -98,18 +90,18 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
         """One node's attachment, until either side ends it."""
         try:
             await self._attach(request_iterator, context)
-        except _Refusal as refusal:
+        except Refusal as refusal:
             _log.info("attachment_refused", reason=refusal.reason, detail=refusal.message)
-            await _abort(context, refusal)
+            await abort(context, refusal)
 
     async def _attach(self, request_iterator: AsyncIterator[coordination_pb2.AttachRequest], context: _Context) -> None:
         if self._draining:
-            raise _Refusal(grpc.StatusCode.UNAVAILABLE, "DRAINING", "the coordinator is stopping: attach again later")
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, "DRAINING", "the coordinator is stopping: attach again later")
         node = await self._authenticate(request_iterator, context)
         try:
             attached = self._pool.attach(node)
         except PoolFullError as error:
-            raise _Refusal(
+            raise Refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXHAUSTED", f"{error}: try again later"
             ) from error
         _log.info("node_attached", node=node)
@@ -126,20 +118,20 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
             async with asyncio.timeout(self._limits.hello_seconds):
                 first = await anext(requests, None)
         except TimeoutError:
-            raise _Refusal(
+            raise Refusal(
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 "MALFORMED_MESSAGE",
                 f"no Hello within {self._limits.hello_seconds:.0f} s of the challenge",
             ) from None
         if first is None or first.WhichOneof("body") != "hello":
-            raise _Refusal(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", "the first message must be Hello")
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", "the first message must be Hello")
         try:
             node = address(bytes(first.hello.node))
         except ProtocolError as error:
-            raise _Refusal(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", f"Hello.node is {error}") from error
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", f"Hello.node is {error}") from error
         digest = signing_digest(self._registry_domain, ATTACH_PROOF, (node, challenge))
         if not is_signed_by(digest, bytes(first.hello.signature), node):
-            raise _Refusal(
+            raise Refusal(
                 grpc.StatusCode.UNAUTHENTICATED,
                 "SIGNATURE_INVALID",
                 f"the challenge is not signed by {node}: sign AttachProof under NodeRegistry's domain",
@@ -150,7 +142,7 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
     async def _require_serving(self, node: str) -> None:
         reason = self._not_synced_because()
         if reason is not None:
-            raise _Refusal(
+            raise Refusal(
                 grpc.StatusCode.UNAVAILABLE,
                 "CHAIN_UNAVAILABLE",
                 f"the coordinator does not follow the chain at the moment ({reason}): attach again later",
@@ -158,7 +150,7 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
         account = await self._guarded(lambda: self._storage.node(node))
         status = NodeStatus.ABSENT if account is None else account.status_at(self._chain_now())
         if status not in (NodeStatus.PENDING, NodeStatus.ACTIVE):
-            raise _Refusal(
+            raise Refusal(
                 grpc.StatusCode.PERMISSION_DENIED,
                 "NODE_NOT_ACTIVE",
                 f"node {node} is {status.name} in the registry: register and stake, or leave jail, then attach",
@@ -194,7 +186,7 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
             code, reason = grpc.StatusCode.ABORTED, "attached again elsewhere, or no longer in step: attach again"
             if self._draining:
                 code, reason = grpc.StatusCode.UNAVAILABLE, "the coordinator is stopping: attach again later"
-            raise _Refusal(code, "DRAINING" if self._draining else "CAPACITY_EXHAUSTED", reason)
+            raise Refusal(code, "DRAINING" if self._draining else "CAPACITY_EXHAUSTED", reason)
 
     async def _write(self, attached: AttachedNode, context: _Context) -> None:
         while True:
@@ -208,7 +200,7 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
                 async with asyncio.timeout(limits.silence_seconds):
                     request = await anext(requests, None)
             except TimeoutError:
-                raise _Refusal(
+                raise Refusal(
                     grpc.StatusCode.DEADLINE_EXCEEDED,
                     "PEER_UNAVAILABLE",
                     f"{limits.missed_heartbeats} heartbeats of {limits.heartbeat_seconds:g} s were missed",
@@ -219,7 +211,7 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
                 window_began, in_window = time.monotonic(), 0
             in_window += 1
             if in_window > limits.messages_per_minute:
-                raise _Refusal(
+                raise Refusal(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     "CAPACITY_EXHAUSTED",
                     f"more than {limits.messages_per_minute} messages a minute",
@@ -238,9 +230,14 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
                     try:
                         await publication.consent(attached.node, request.consent)
                     except ProtocolError as error:
-                        raise _Refusal(grpc.StatusCode.INVALID_ARGUMENT, "SIGNATURE_INVALID", str(error)) from error
+                        raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "SIGNATURE_INVALID", str(error)) from error
+            case "batch_consent" if self._tabs is not None:
+                try:
+                    await self._tabs.consent(attached.node, request.batch_consent)
+                except ProtocolError as error:
+                    raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "SIGNATURE_INVALID", str(error)) from error
             case other:
-                raise _Refusal(
+                raise Refusal(
                     grpc.StatusCode.INVALID_ARGUMENT,
                     "MALFORMED_MESSAGE",
                     f"{other or 'an empty message'} is not expected on an attached stream",
@@ -250,23 +247,23 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
         try:
             measurements = NodeMeasurements.from_message(message)
         except ProtocolError as error:
-            raise _Refusal(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", str(error)) from error
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE", str(error)) from error
         if measurements.node != attached.node:
-            raise _Refusal(
+            raise Refusal(
                 grpc.StatusCode.PERMISSION_DENIED,
                 "SIGNATURE_INVALID",
                 f"measurements of {measurements.node} on the stream of {attached.node}",
             )
         age = self._chain_now() - measurements.measured_at
         if not -self._limits.clock_skew_seconds <= age <= self._limits.measurement_age_seconds:
-            raise _Refusal(
+            raise Refusal(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "MALFORMED_MESSAGE",
                 f"measured {age} s ago by the chain's clock: set the clock, or measure again",
             )
         signature = bytes(message.signature)
         if not measurements.is_signed(self._assignments_domain, signature):
-            raise _Refusal(
+            raise Refusal(
                 grpc.StatusCode.UNAUTHENTICATED,
                 "SIGNATURE_INVALID",
                 "the measurements are not signed by the node under the domain of ShardAssignments",
@@ -285,7 +282,7 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
             return await self._blocking(function)
         except StorageUnavailableError as error:
             _log.error("database_unavailable", error=str(error))
-            raise _Refusal(
+            raise Refusal(
                 grpc.StatusCode.UNAVAILABLE, "INTERNAL", "the coordinator's database is unavailable"
             ) from error
 
@@ -293,14 +290,3 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
 def _only_links_changed(known: NodeMeasurements, measurements: NodeMeasurements) -> bool:
     """Whether a node reports again what it has reported, but for its links."""
     return replace(measurements, links=known.links, measured_at=known.measured_at) == known
-
-
-async def _abort(context: _Context, refusal: _Refusal) -> NoReturn:
-    """End the call with google.rpc.Status and ErrorInfo(reason, domain "bsns")."""
-    name = f"ERROR_REASON_{refusal.reason}"
-    common_pb2.ErrorReason.Value(name)  # a misspelt reason must not reach the wire
-    detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=name, domain=_ERROR_DOMAIN))
-    status = status_pb2.Status(code=refusal.code.value[0], message=refusal.message, details=[detail])
-    await context.abort(refusal.code, refusal.message, ((_DETAILS_KEY, status.SerializeToString()),))
-    raise AssertionError("abort always raises")

@@ -33,18 +33,21 @@ from bsns.planning import Link
 from bsns.protocol.identifiers import ModelId
 from bsns.protocol.manifest import ManifestError, ModelManifest
 from bsns.protocol.model_graph import ModelGraph
-from bsns.protocol.typed_data import assignments_domain, registry_domain
-from bsns.v1 import coordination_pb2, coordination_pb2_grpc
+from bsns.protocol.typed_data import assignments_domain, registry_domain, tabs_domain
+from bsns.v1 import coordination_pb2, coordination_pb2_grpc, tabs_pb2, tabs_pb2_grpc
 from coordinator.chain_follower import ChainFollower
+from coordinator.collection_service import RequestCollectionServicer
 from coordinator.coordination_service import NodeCoordinationServicer
 from coordinator.dispatch import NodePool, NodeStandings, PlanPublication, RequestRouting, TopologyWatch
 from coordinator.settings import CoordinatorSettings, SettingsError, load_deployment, load_key
 from coordinator.storage import AnotherWriterError, Storage, StorageUnavailableError, migrate
+from coordinator.tab_collector import TabCollector
 from coordinator.transaction_outbox import TransactionOutbox
 from coordinator.verification_desk import VerificationRules, wanted_intents
 from coordinator.verification_views import VerificationViews
 
 _SERVICE_NAME: Final = coordination_pb2.DESCRIPTOR.services_by_name["NodeCoordination"].full_name
+_COLLECTION_NAME: Final = tabs_pb2.DESCRIPTOR.services_by_name["RequestCollection"].full_name
 _EXPECTED: Final = (ChainUnavailableError, UnknownBlockError, StorageUnavailableError)
 _log = structlog.get_logger(__name__)
 
@@ -114,10 +117,23 @@ class Coordinator:
             seconds=settings.topology_seconds,
             clock=time.monotonic,
         )
+        self.tabs = TabCollector(
+            storage,
+            chain,
+            self.outbox,
+            self.pool,
+            self.routing,
+            signer,
+            tabs_domain(deployment.chain_id, deployment.request_tabs),
+            limits=settings.tab_limits,
+            chain_now=self.chain_now,
+        )
+        self._collection = RequestCollectionServicer(self.tabs, lambda: self.follower.not_synced_because)
         self._servicer = NodeCoordinationServicer(
             storage=storage,
             pool=self.pool,
             publications=self.publications,
+            tabs=self.tabs,
             registry_domain=registry,
             assignments_domain=assignments,
             limits=settings.conversation_limits,
@@ -229,6 +245,7 @@ class Coordinator:
         limit = self._settings.open_requests_a_pass
         requests = await asyncio.to_thread(lambda: self._storage.unfinished_requests(limit))
         await self.routing.step(requests, now)
+        await self.tabs.step(cursor.number)
         rules = await self._verification_rules()
         self._views.keep(requests)
         for request in requests:
@@ -265,8 +282,10 @@ class Coordinator:
             ],
         )
         coordination_pb2_grpc.add_NodeCoordinationServicer_to_server(self._servicer, server)  # type: ignore[no-untyped-call, unused-ignore]
+        tabs_pb2_grpc.add_RequestCollectionServicer_to_server(self._collection, server)  # type: ignore[no-untyped-call, unused-ignore]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection([_SERVICE_NAME, reflection.SERVICE_NAME], server)
+        names = [_SERVICE_NAME, _COLLECTION_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, server)
         host = settings.listen.rpartition(":")[0]
         try:
             if settings.certificate_file is None or settings.certificate_key_file is None:

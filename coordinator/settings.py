@@ -24,9 +24,11 @@ from bsns.protocol.endpoints import is_loopback, masked_url, split_endpoint
 from bsns.protocol.measurements import BATCHED_SESSIONS
 from bsns.protocol.plan import MAXIMUM_ASSIGNMENTS, MAXIMUM_STAGES
 from bsns.protocol.planning_record import MAXIMUM_RECORDED_NODES
+from bsns.protocol.tabs import MAXIMUM_BATCH_TICKETS
 from coordinator.chain_follower import FollowerLimits
 from coordinator.coordination_service import ConversationLimits
 from coordinator.dispatch import PlanPolicy, PoolLimits, PublicationLimits
+from coordinator.tab_collector import TabLimits
 from coordinator.transaction_outbox import OutboxLimits
 
 CONFIG_FILE_VARIABLE: Final = "BSNS_COORDINATOR_CONFIG_FILE"
@@ -130,6 +132,21 @@ class CoordinatorSettings(BaseSettings):
     refusal_backoff_seconds: float = Field(default=2.0, gt=0)
     refusal_backoff_maximum_seconds: float = Field(default=120.0, gt=0)
     open_requests_a_pass: int = Field(default=1_024, ge=1, description="unfinished requests looked at in one pass")
+
+    # Tabs
+    batch_seconds: int = Field(
+        default=300, ge=1, description="an answer waits at most so long for others to share a batch"
+    )
+    batch_tickets: int = Field(default=MAXIMUM_BATCH_TICKETS, ge=1, le=MAXIMUM_BATCH_TICKETS)
+    tab_requests_in_flight: int = Field(
+        default=4, ge=1, description="requests of one tab that are served and not yet paid for by a voucher"
+    )
+    tab_delivery_seconds: int = Field(
+        default=900, ge=1, description="a ticket without a voucher after this is given up, and not charged"
+    )
+    batch_consent_seconds: int = Field(default=60, ge=1, description="a node that has not signed a batch is left out")
+    batch_post_seconds: int = Field(default=900, ge=60, description="a batch that is not posted by then is made anew")
+    ticket_seconds: int = Field(default=7_200, ge=600, description="a ticket must be good for so long")
 
     # Nodes
     attached_nodes: int = Field(default=256, ge=1, le=MAXIMUM_RECORDED_NODES)
@@ -244,6 +261,18 @@ class CoordinatorSettings(BaseSettings):
             missed_heartbeats=self.missed_heartbeats,
             queued_messages=self.queued_messages_a_node,
             messages_per_minute=self.messages_a_minute,
+        )
+
+    @property
+    def tab_limits(self) -> TabLimits:
+        return TabLimits(
+            batch_seconds=self.batch_seconds,
+            batch_tickets=self.batch_tickets,
+            requests_in_flight=self.tab_requests_in_flight,
+            delivery_seconds=self.tab_delivery_seconds,
+            consent_seconds=self.batch_consent_seconds,
+            post_seconds=self.batch_post_seconds,
+            ticket_seconds=self.ticket_seconds,
         )
 
     @property

@@ -12,6 +12,7 @@ nothing.
 from __future__ import annotations
 
 import fcntl
+import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -199,6 +200,42 @@ _topologies = Table(
     Column("class_number", Integer, nullable=False),
     Column("snapshot", Text, nullable=False),
 )
+# What is collected for tabs: tickets with their results, vouchers with their secrets, batches.
+_tab_tickets = Table(
+    "tab_tickets",
+    metadata,
+    Column("request_id", String(66), primary_key=True),
+    Column("requester", String(42), nullable=False),
+    Column("number", BigInteger, nullable=False),
+    Column("plan_id", String(66), nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("changed_at", BigInteger, nullable=False),
+    Column("charge", String(_UINT256_DIGITS), nullable=False),
+    Column("batch_id", String(66), index=True),
+    Column("grant", LargeBinary, nullable=False),
+    Column("collected", LargeBinary),
+    UniqueConstraint("requester", "number"),
+)
+_tab_vouchers = Table(
+    "tab_vouchers",
+    metadata,
+    Column("secret_hash", String(66), primary_key=True),
+    Column("requester", String(42), nullable=False),
+    Column("cumulative", String(_UINT256_DIGITS), nullable=False),
+    Column("message", LargeBinary, nullable=False),
+    Column("secret", String(66)),
+    Column("batch_id", String(66), index=True),
+    Index("ix_tab_vouchers_requester", "requester", "cumulative"),
+)
+_tab_batches = Table(
+    "tab_batches",
+    metadata,
+    Column("batch_id", String(66), primary_key=True),
+    Column("state", String(16), nullable=False, index=True),
+    Column("changed_at", BigInteger, nullable=False),
+    Column("message", LargeBinary, nullable=False),
+    Column("consents", Text, nullable=False),
+)
 _intents = Table(
     "intents",
     metadata,
@@ -323,6 +360,63 @@ class SignedTransaction:
     raw: bytes
     signed_at: float
     broadcast_at: float | None = None
+
+
+class TicketState(StrEnum):
+    """Life of a ticket: taken → delivered or abandoned → in a batch → over."""
+
+    TAKEN = "taken"
+    DELIVERED = "delivered"
+    ABANDONED = "abandoned"
+    BATCHED = "batched"
+    OVER = "over"
+
+
+@dataclass(frozen=True, slots=True)
+class TicketRecord:
+    """A ticket that was taken. `charge`: wei, at most until it is delivered. `collected`: with its results."""
+
+    request_id: RequestId
+    requester: str
+    number: int
+    plan_id: bytes
+    state: TicketState
+    changed_at: int
+    charge: int
+    batch_id: bytes | None
+    grant: bytes
+    collected: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class VoucherRecord:
+    """A voucher, with its secret once that was shown and the batch that uses it."""
+
+    secret_hash: bytes
+    requester: str
+    cumulative: int
+    message: bytes
+    secret: bytes | None
+    batch_id: bytes | None
+
+
+class BatchProgress(StrEnum):
+    """Life of a batch here: offered to its nodes → wanted on the chain → over."""
+
+    OFFERED = "offered"
+    WANTED = "wanted"
+    OVER = "over"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """A batch, and the nodes' signatures so far."""
+
+    batch_id: bytes
+    state: BatchProgress
+    changed_at: int
+    message: bytes
+    consents: Mapping[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -716,6 +810,133 @@ class Storage:
         with self._read() as connection:
             return [(row.class_number, Snapshot.from_json(row.snapshot)) for row in connection.execute(query)]
 
+    # ---------------------------------------------------------------------------------------------------------- tabs
+
+    def keep_ticket(self, record: TicketRecord) -> bool:
+        """Store a ticket that was taken; False if its request or its number is there."""
+        same = (_tab_tickets.c.requester == record.requester) & (_tab_tickets.c.number == record.number)
+        with self._write() as connection:
+            if connection.scalar(select(_tab_tickets.c.request_id).where(same)) is not None:
+                return False
+            connection.execute(insert(_tab_tickets).values(**_ticket_row(record)))
+            return True
+
+    def change_ticket(self, record: TicketRecord) -> None:
+        """Store what has become of a ticket."""
+        row = _ticket_row(record)
+        with self._write() as connection:
+            same = _tab_tickets.c.request_id == row.pop("request_id")
+            connection.execute(update(_tab_tickets).where(same).values(**row))
+
+    def ticket(self, request: RequestId) -> TicketRecord | None:
+        query = select(_tab_tickets).where(_tab_tickets.c.request_id == _hex(request))
+        with self._read() as connection:
+            row = connection.execute(query).mappings().first()
+        return None if row is None else _ticket_record(row)
+
+    def tickets(
+        self, states: Iterable[TicketState], *, requester: str | None = None, batch: bytes | None = None
+    ) -> list[TicketRecord]:
+        """Tickets in one of `states`, by requester and number."""
+        query = select(_tab_tickets).where(_tab_tickets.c.state.in_([str(state) for state in states]))
+        if requester is not None:
+            query = query.where(_tab_tickets.c.requester == requester)
+        if batch is not None:
+            query = query.where(_tab_tickets.c.batch_id == _hex(batch))
+        with self._read() as connection:
+            rows = connection.execute(query.order_by(_tab_tickets.c.requester, _tab_tickets.c.number)).mappings().all()
+        return [_ticket_record(row) for row in rows]
+
+    def last_ticket_number(self, requester: str) -> int | None:
+        """The highest number taken of a requester."""
+        query = select(func.max(_tab_tickets.c.number)).where(_tab_tickets.c.requester == requester)
+        with self._read() as connection:
+            found = connection.scalar(query)
+        return None if found is None else int(found)
+
+    def deliver(self, ticket: TicketRecord, voucher: VoucherRecord) -> None:
+        """Store a ticket's results with the voucher that pays for them, both or neither."""
+        row = _ticket_row(ticket)
+        with self._write() as connection:
+            same = _tab_tickets.c.request_id == row.pop("request_id")
+            connection.execute(update(_tab_tickets).where(same).values(**row))
+            connection.execute(
+                insert(_tab_vouchers).values(
+                    secret_hash=_hex(voucher.secret_hash),
+                    requester=voucher.requester,
+                    cumulative=uint256_text(voucher.cumulative),
+                    message=voucher.message,
+                )
+            )
+
+    def vouchers(self, requester: str) -> list[VoucherRecord]:
+        """A requester's vouchers, the smallest first."""
+        query = select(_tab_vouchers).where(_tab_vouchers.c.requester == requester)
+        with self._read() as connection:
+            rows = connection.execute(query.order_by(_tab_vouchers.c.cumulative)).mappings().all()
+        return [_voucher_record(row) for row in rows]
+
+    def keep_secret(self, secret_hash: bytes, secret: bytes) -> bool:
+        """Store a voucher's secret; False if there is no such voucher."""
+        with self._write() as connection:
+            same = _tab_vouchers.c.secret_hash == _hex(secret_hash)
+            return connection.execute(update(_tab_vouchers).where(same).values(secret=_hex(secret))).rowcount > 0
+
+    def secrets_of(self, batch: bytes) -> dict[bytes, bytes | None]:
+        """Secrets of a batch's vouchers by their hashes; None of those that were not shown."""
+        query = select(_tab_vouchers).where(_tab_vouchers.c.batch_id == _hex(batch))
+        with self._read() as connection:
+            found = [_voucher_record(row) for row in connection.execute(query).mappings()]
+        return {item.secret_hash: item.secret for item in found}
+
+    def keep_batch(self, record: BatchRecord, requests: Iterable[RequestId], vouchers: Iterable[bytes]) -> None:
+        """Store a batch with the tickets and the vouchers (by the hashes of their secrets) that go into it."""
+        batch = _hex(record.batch_id)
+        with self._write() as connection:
+            connection.execute(insert(_tab_batches).values(**_batch_row(record)))
+            for request in requests:
+                connection.execute(
+                    update(_tab_tickets)
+                    .where(_tab_tickets.c.request_id == _hex(request))
+                    .values(state=str(TicketState.BATCHED), changed_at=record.changed_at, batch_id=batch)
+                )
+            for secret_hash in vouchers:
+                connection.execute(
+                    update(_tab_vouchers).where(_tab_vouchers.c.secret_hash == _hex(secret_hash)).values(batch_id=batch)
+                )
+
+    def end_tickets(self, batch: bytes, now: int) -> None:
+        """What a batch is charged for is charged: its tickets are over."""
+        mine = (_tab_tickets.c.batch_id == _hex(batch)) & (_tab_tickets.c.state == str(TicketState.BATCHED))
+        with self._write() as connection:
+            connection.execute(update(_tab_tickets).where(mine).values(state=str(TicketState.OVER), changed_at=now))
+
+    def change_batch(self, record: BatchRecord) -> None:
+        """Store how far a batch has come."""
+        row = _batch_row(record)
+        with self._write() as connection:
+            same = _tab_batches.c.batch_id == row.pop("batch_id")
+            connection.execute(update(_tab_batches).where(same).values(**row))
+
+    def dissolve_batch(self, batch: bytes, tickets: Iterable[TicketRecord]) -> None:
+        """Forget a batch that was not posted; `tickets` are its tickets as they are to be now."""
+        with self._write() as connection:
+            connection.execute(delete(_tab_batches).where(_tab_batches.c.batch_id == _hex(batch)))
+            connection.execute(
+                update(_tab_vouchers).where(_tab_vouchers.c.batch_id == _hex(batch)).values(batch_id=None)
+            )
+            for ticket in tickets:
+                row = _ticket_row(ticket)
+                same = _tab_tickets.c.request_id == row.pop("request_id")
+                connection.execute(update(_tab_tickets).where(same).values(**row))
+
+    def batches(self, *states: BatchProgress) -> list[BatchRecord]:
+        """Batches in one of `states`, the oldest first."""
+        query = select(_tab_batches).where(_tab_batches.c.state.in_([str(state) for state in states]))
+        with self._read() as connection:
+            rows = connection.execute(query.order_by(_tab_batches.c.changed_at, _tab_batches.c.batch_id)).mappings()
+            return [_batch_record(row) for row in rows.all()]
+
     # ------------------------------------------------------------------------------------------ intents, transactions
 
     def want_intent(self, intent: Intent, sender: str, now: float) -> bool:
@@ -1106,6 +1327,64 @@ def _transaction(row: RowMapping) -> SignedTransaction:
         raw=bytes.fromhex(row["raw"]),
         signed_at=row["signed_at"],
         broadcast_at=row["broadcast_at"],
+    )
+
+
+def _ticket_row(record: TicketRecord) -> dict[str, Any]:
+    return {
+        "request_id": _hex(record.request_id),
+        "requester": record.requester,
+        "number": record.number,
+        "plan_id": _hex(record.plan_id),
+        "state": str(record.state),
+        "changed_at": record.changed_at,
+        "charge": uint256_text(record.charge),
+        "batch_id": None if record.batch_id is None else _hex(record.batch_id),
+        "grant": record.grant,
+        "collected": record.collected,
+    }
+
+
+def _ticket_record(row: RowMapping) -> TicketRecord:
+    return TicketRecord(
+        RequestId(_bytes(row["request_id"])),
+        row["requester"],
+        row["number"],
+        _bytes(row["plan_id"]),
+        TicketState(row["state"]),
+        row["changed_at"],
+        int(row["charge"]),
+        None if row["batch_id"] is None else _bytes(row["batch_id"]),
+        bytes(row["grant"]),
+        None if row["collected"] is None else bytes(row["collected"]),
+    )
+
+
+def _voucher_record(row: RowMapping) -> VoucherRecord:
+    return VoucherRecord(
+        _bytes(row["secret_hash"]),
+        row["requester"],
+        int(row["cumulative"]),
+        bytes(row["message"]),
+        None if row["secret"] is None else _bytes(row["secret"]),
+        None if row["batch_id"] is None else _bytes(row["batch_id"]),
+    )
+
+
+def _batch_row(record: BatchRecord) -> dict[str, Any]:
+    return {
+        "batch_id": _hex(record.batch_id),
+        "state": str(record.state),
+        "changed_at": record.changed_at,
+        "message": record.message,
+        "consents": json.dumps({node: signature.hex() for node, signature in record.consents.items()}),
+    }
+
+
+def _batch_record(row: RowMapping) -> BatchRecord:
+    consents = {node: bytes.fromhex(signature) for node, signature in json.loads(row["consents"]).items()}
+    return BatchRecord(
+        _bytes(row["batch_id"]), BatchProgress(row["state"]), row["changed_at"], bytes(row["message"]), consents
     )
 
 

@@ -39,6 +39,7 @@ from node_client.reexecution import Reexecution
 from node_client.session_store import replacements_from_messages
 from node_client.settings import NodeSettings
 from node_client.signing_guard import DutyKind, SigningGuard
+from node_client.tab_desk import TabDesk
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +53,7 @@ _OVERLAP_BLOCKS: Final = 12
 _DRAWN: Final = ("CommitteeDrawn", "RoundEscalated")
 _ATTEST: Final = "attest"
 _REPORT: Final = "report"
+_BATCH: Final = "batch"
 # A request that nothing happened to is looked at this often all the same.
 _IDLE_SECONDS: Final = 60
 
@@ -68,11 +70,13 @@ class ChainDuties:
         evidence: EvidenceStore,
         guard: SigningGuard,
         reexecution: Reexecution,
+        tabs: TabDesk,
         *,
         start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         self._settings, self._node, self._chain, self._submitter = settings, node, chain, submitter
         self._evidence, self._guard, self._reexecution, self._start = evidence, guard, reexecution, start
+        self._tabs = tabs
         self._wake = asyncio.Event()
         self._seen: Block | None = None
         # Block time before which a duty need not be looked at, unless an event names its request.
@@ -134,6 +138,8 @@ class ChainDuties:
             duties[request_id, _ATTEST] = partial(self._member_duty, request_id)
         for request_id in await asyncio.to_thread(self._evidence.contradicted_requests):
             duties[request_id, _REPORT] = partial(self._report_duty, request_id)
+        for batch in await asyncio.to_thread(self._evidence.batches):
+            duties[batch, _BATCH] = partial(self._tabs.batch_duty, batch)
         for key in self._look_again.keys() - duties.keys():
             del self._look_again[key]
         for key in self._reported.keys() - duties.keys():
@@ -204,6 +210,11 @@ class ChainDuties:
         if request.status in _OVER:
             await self._forget(recorded.request)
             return later
+        if request.granted:
+            again = await self._tabs.ticket_duty(recorded.request, request.deadline)
+            if again is None:
+                await self._forget(recorded.request)
+            return later if again is None else again
         record = await self._chain.stage_record(recorded.request, recorded.stage)
         if record.commitment == ZERO_HASH:
             if request.status is not RequestStatus.ROUTED:
@@ -371,6 +382,7 @@ class ChainDuties:
         """Nothing can change about the request any more."""
         await asyncio.to_thread(self._evidence.forget, request_id)
         self._watched.discard(request_id)
+        self._chain.revoke(request_id)
 
     def _own_stages(self, request_id: bytes) -> bool:
         return any(item.request == request_id for item in self._evidence.sealed_stages())

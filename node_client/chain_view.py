@@ -26,6 +26,7 @@ from bsns.protocol.typed_data import (
     assignments_domain,
     escrow_domain,
     registry_domain,
+    tabs_domain,
     verification_domain,
 )
 
@@ -46,6 +47,8 @@ class RequestView:
     maximum_tokens: int
     plan_id: bytes
     input_commitment: bytes
+    # Paid out of a tab: not on the chain, or not yet.
+    granted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ class SigningDomains:
     assignments: Domain
     escrow: Domain
     verification: Domain
+    tabs: Domain
 
     @classmethod
     def of(cls, deployment: Deployment) -> SigningDomains:
@@ -105,6 +109,7 @@ class SigningDomains:
             assignments_domain(chain, deployment.shard_assignments),
             escrow_domain(chain, deployment.inference_escrow),
             verification_domain(chain, deployment.output_verification),
+            tabs_domain(chain, deployment.request_tabs),
         )
 
 
@@ -119,6 +124,8 @@ class ChainView:
         self._endpoints: dict[str, tuple[int, NodeEndpoint]] = {}
         self._registered: dict[ChecksumAddress, None] = {}
         self._registered_up_to = deployment.first_block - 1
+        # Requests that are paid out of tabs, as their grants say: the chain may never hear of them.
+        self._granted: dict[bytes, tuple[RequestView, tuple[StageView, ...]]] = {}
 
     async def head(self, *, fresh: bool = False) -> Block:
         """The newest block known; asked for again when `fresh` or older than a second."""
@@ -135,11 +142,26 @@ class ChainView:
         if view.status not in (RequestStatus.ROUTED, RequestStatus.SETTLED):
             # The block that routes it may be newer than what was remembered: look again at what can still change.
             view = _request(await self._read("InferenceEscrow", "requestOf", request_id, fresh=True))
+        if view.status is RequestStatus.ABSENT and request_id in self._granted:
+            return self._granted[request_id][0]
         return view
+
+    def grant(self, request_id: bytes, view: RequestView, stages: tuple[StageView, ...]) -> None:
+        """Take a request that is not on the chain for what `view` says, until it is."""
+        self._granted[bytes(request_id)] = view, stages
+
+    def revoke(self, request_id: bytes) -> None:
+        """Nobody asks for the request any more."""
+        self._granted.pop(bytes(request_id), None)
+
+    def is_granted(self, request_id: bytes) -> bool:
+        return bytes(request_id) in self._granted
 
     async def stages(self, request_id: bytes) -> tuple[StageView, ...]:
         """The route; empty while there is none."""
         raw = await self._read("InferenceEscrow", "stagesOf", request_id, empty_is_unknown=True)
+        if not raw and request_id in self._granted:
+            return self._granted[request_id][1]
         return tuple(
             StageView(address(item.node), int(item.firstUnit), int(item.endUnit), bytes(item.executionClass))
             for item in raw
@@ -167,6 +189,10 @@ class ChainView:
     async def model_of_plan(self, plan_id: bytes) -> bytes:
         """Model id of a plan; 32 zero bytes if there is no such plan."""
         return bytes((await self._read("ShardAssignments", "planOf", plan_id)).modelId)
+
+    async def plan(self, plan_id: bytes) -> Any:
+        """IShardAssignments.Plan; all zero if there is no such plan."""
+        return await self._read("ShardAssignments", "planOf", plan_id)
 
     async def plan_root(self, plan_id: bytes) -> bytes:
         """Merkle root over the assignments of a plan; 32 zero bytes if there is no such plan."""

@@ -26,7 +26,7 @@ from bsns.protocol.plan import Assignment, ShardPlan, execution_class_id
 from bsns.protocol.typed_data import ATTACH_PROOF, PLAN_CONSENT, signing_digest
 from bsns.runtime.executor import ExecutionError
 from bsns.runtime.profile import RuntimeProfile
-from bsns.v1 import common_pb2, coordination_pb2, coordination_pb2_grpc
+from bsns.v1 import coordination_pb2, coordination_pb2_grpc, tabs_pb2
 from node_client.chain_view import ChainView, SigningDomains
 from node_client.errors import Refusal
 from node_client.link_probe import LinkProber, differ_materially
@@ -35,6 +35,7 @@ from node_client.peers import CHANNEL_OPTIONS
 from node_client.session_store import SessionStore
 from node_client.settings import NodeSettings
 from node_client.shard_runtime import ShardRuntime, weight_bytes
+from node_client.tab_desk import TabDesk
 
 log = structlog.get_logger(__name__)
 
@@ -55,12 +56,13 @@ class Coordination:
         runtime: ShardRuntime,
         sessions: SessionStore,
         links: LinkProber,
+        tabs: TabDesk,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._settings, self._signer, self._domains = settings, signer, domains
         self._chain, self._runtime, self._sessions = chain, runtime, sessions
-        self._links, self._clock = links, clock
+        self._links, self._tabs, self._clock = links, tabs, clock
         self._profiles: dict[bytes, RuntimeProfile] = {}
         self.attached = False
 
@@ -147,6 +149,8 @@ class Coordination:
                         ]
                     case "offer":
                         group.create_task(self._answer(outbox, message.offer))
+                    case "batch":
+                        group.create_task(self._answer_batch(outbox, message.batch))
                     case body:
                         log.warning("unknown_coordinator_message", body=body)
 
@@ -252,6 +256,11 @@ class Coordination:
             log.warning("plan_refused", epoch=offer.epoch, refusal=consent.refusal)
         await outbox.put(coordination_pb2.AttachRequest(consent=consent))
 
+    async def _answer_batch(
+        self, outbox: asyncio.Queue[coordination_pb2.AttachRequest], batch: tabs_pb2.TicketBatch
+    ) -> None:
+        await outbox.put(coordination_pb2.AttachRequest(batch_consent=await self._tabs.consider(batch)))
+
     async def consider(self, offer: coordination_pb2.PlanOffer) -> coordination_pb2.PlanConsent:
         """A signed consent, or PlanRefusedError, Refusal or ProtocolError with the reason."""
         if len(offer.model_id) != BYTES32 or len(offer.measurements_hash) != BYTES32 or len(offer.fee_per_token) > 16:
@@ -273,7 +282,7 @@ class Coordination:
         if offer.epoch != expected:
             raise PlanRefusedError(f"the next epoch on chain is {expected}, the offer is for {offer.epoch}")
         store = self._runtime.store(model)
-        plan = ShardPlan(len(store.manifest.units), tuple(_assignment(item) for item in offer.assignments))
+        plan = ShardPlan(len(store.manifest.units), tuple(map(Assignment.from_message, offer.assignments)))
         own = [item for item in plan.assignments if item.node == self._signer.address]
         if not own:
             raise PlanRefusedError("the plan gives this node nothing to do")
@@ -300,17 +309,3 @@ class Coordination:
 
 class PlanRefusedError(Exception):
     """This node does not consent to a plan. The message goes to the coordinator."""
-
-
-def _assignment(message: common_pb2.Assignment) -> Assignment:
-    if len(message.execution_class) != BYTES32:
-        raise ProtocolError("an execution class is 32 bytes")
-    return Assignment(
-        message.stage,
-        message.replica,
-        message.first_unit,
-        message.end_unit,
-        address(bytes(message.node)),
-        message.work_weight,
-        bytes(message.execution_class),
-    )

@@ -67,6 +67,10 @@ CREATE TABLE IF NOT EXISTS contradiction (
   fingerprint BLOB NOT NULL, proof BLOB NOT NULL,
   PRIMARY KEY (request, stage, sent)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS ticket (
+  request BLOB NOT NULL PRIMARY KEY, document BLOB NOT NULL, batch_over INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS batch (id BLOB NOT NULL PRIMARY KEY, document BLOB NOT NULL) WITHOUT ROWID;
 """
 # What belongs to one stage besides its own row.
 _STAGE_TABLES: Final = ("step", "output", "statement", "replacement")
@@ -389,6 +393,50 @@ class EvidenceStore:
                 (request, found.statement.stage, found.statement.sent),
             )
 
+    # -- requests that are paid out of tabs
+
+    def save_grant(self, request: bytes, document: bytes) -> None:
+        """Keep what lets a request be served that is not on the chain."""
+        with self._lock, self._transaction():
+            self._database.execute("INSERT OR IGNORE INTO ticket VALUES (?,?,0)", (request, document))
+
+    def grants(self) -> tuple[bytes, ...]:
+        """What `save_grant` kept of requests that are not forgotten."""
+        with self._lock, self._errors():
+            return tuple(bytes(row[0]) for row in self._database.execute("SELECT document FROM ticket"))
+
+    def save_batch(self, batch: bytes, document: bytes) -> None:
+        """Keep a batch with all that opens its leaves, before it is signed."""
+        with self._lock, self._transaction():
+            self._database.execute("INSERT OR IGNORE INTO batch VALUES (?,?)", (batch, document))
+
+    def batches(self) -> tuple[bytes, ...]:
+        """Ids of the batches that are not over."""
+        with self._lock, self._errors():
+            return tuple(bytes(row[0]) for row in self._database.execute("SELECT id FROM batch ORDER BY id"))
+
+    def batch(self, batch: bytes) -> bytes:
+        """What `save_batch` kept; StorageError if it is over."""
+        with self._lock, self._errors():
+            row = self._database.execute("SELECT document FROM batch WHERE id = ?", (batch,)).fetchone()
+        if row is None:
+            raise StorageError(f"batch 0x{batch.hex()} is not on record")
+        return bytes(row[0])
+
+    def end_batch(self, batch: bytes, requests: Sequence[bytes]) -> None:
+        """The batch is over, and with it what may become of `requests`, its tickets."""
+        with self._lock, self._transaction():
+            self._database.executemany(
+                "UPDATE ticket SET batch_over = 1 WHERE request = ?", [(request,) for request in requests]
+            )
+            self._database.execute("DELETE FROM batch WHERE id = ?", (batch,))
+
+    def is_batch_over(self, request: bytes) -> bool:
+        """Whether the batch that the request's ticket went into is over."""
+        with self._lock, self._errors():
+            row = self._database.execute("SELECT batch_over FROM ticket WHERE request = ?", (request,)).fetchone()
+        return row is not None and bool(row[0])
+
     # -- retention
 
     def forget(self, request: bytes) -> None:
@@ -396,7 +444,7 @@ class EvidenceStore:
         stake they concern outlives the request.
         """
         with self._lock, self._transaction():
-            for table in ("stage", *_STAGE_TABLES, "attestation"):
+            for table in ("stage", *_STAGE_TABLES, "attestation", "ticket"):
                 self._database.execute(f"DELETE FROM {table} WHERE request = ?", (request,))
         with self._lock, self._errors():
             self._database.execute("PRAGMA incremental_vacuum").fetchall()

@@ -34,6 +34,7 @@ from node_client.pipeline import ForwardStream, Pipeline
 from node_client.session_store import Session, SessionStore, sampling_to_message
 from node_client.settings import NodeSettings
 from node_client.shard_runtime import ShardRuntime, weight_bytes
+from node_client.tab_desk import TabDesk
 from node_client.takeover import INPUTS, PAYLOAD_BYTES, HistorySide, frames_of, history_of
 
 _DETAILS_KEY: Final = "grpc-status-details-bin"
@@ -60,12 +61,13 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
         runtime: ShardRuntime,
         evidence: EvidenceStore,
         probes: ProbeResponder,
+        tabs: TabDesk,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._settings, self._node, self._domains, self._chain = settings, node, domains, chain
         self._sessions, self._pipeline, self._runtime, self._evidence = sessions, pipeline, runtime, evidence
-        self._probes, self._clock = probes, clock
+        self._probes, self._tabs, self._clock = probes, tabs, clock
 
     async def PrepareShard(
         self, request: execution_pb2.PrepareShardRequest, context: Any
@@ -248,6 +250,15 @@ class ShardExecutionServicer(execution_pb2_grpc.ShardExecutionServicer):
                         yield execution_pb2.GetStageEvidenceResponse(
                             output=execution_pb2.StageOutput(step=number, payload=output[first : first + PAYLOAD_BYTES])
                         )
+        except Exception as error:
+            await _abort(context, error)
+
+    async def GetStageResult(
+        self, request: execution_pb2.GetStageResultRequest, context: Any
+    ) -> execution_pb2.GetStageResultResponse:
+        try:
+            await self._sessions.check_token(bytes(request.request_id), request.token)
+            return await self._tabs.sign_result(bytes(request.request_id), request.stage)
         except Exception as error:
             await _abort(context, error)
 

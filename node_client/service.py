@@ -57,6 +57,7 @@ from node_client.session_store import SessionStore
 from node_client.settings import NodeSettings
 from node_client.shard_runtime import ExecutorFactory, ShardRuntime
 from node_client.signing_guard import SigningGuard
+from node_client.tab_desk import TabDesk
 
 SERVICE_NAME: Final = execution_pb2.DESCRIPTOR.services_by_name["ShardExecution"].full_name
 KEYS_FOLDER: Final = "keys"
@@ -208,7 +209,11 @@ class NodeService:
             task.add_done_callback(lambda _: work.close())
             return task
 
-        sessions = SessionStore(settings, signer.address, domains, chain, runtime, evidence, guard, clock=clock)
+        submitter = Submitter(client, signer)
+        tabs = TabDesk(settings, signer, domains, chain, submitter, evidence, guard)
+        sessions = SessionStore(
+            settings, signer.address, domains, chain, runtime, evidence, guard, tabs=tabs, clock=clock
+        )
         self.sessions = sessions
         pipeline = Pipeline(
             settings, signer, domains, chain, sessions, runtime, evidence, guard,
@@ -221,11 +226,12 @@ class NodeService:
         stack.push_async_callback(_cancel_all, background)
         reexecution = Reexecution(settings, signer, domains, chain, runtime, pipeline.peers, clock=clock)
         self.reexecution = reexecution
-        submitter = Submitter(client, signer)
-        duties = ChainDuties(settings, signer.address, chain, submitter, evidence, guard, reexecution, start=start)
+        duties = ChainDuties(
+            settings, signer.address, chain, submitter, evidence, guard, reexecution, tabs, start=start
+        )
         servicer = ShardExecutionServicer(
             settings, signer.address, domains, chain, sessions, pipeline, runtime, evidence,
-            ProbeResponder(settings, chain), clock=clock,
+            ProbeResponder(settings, chain), tabs, clock=clock,
         )  # fmt: skip
         server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=settings.maximum_concurrent_calls)
         execution_pb2_grpc.add_ShardExecutionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call, unused-ignore]
@@ -247,7 +253,7 @@ class NodeService:
         if coordinators := settings.coordinators:
             # Links are for planners: without a coordinator nobody asks for them.
             start(_restarted("link_prober", prober.run))
-            coordination = Coordination(settings, signer, domains, chain, runtime, sessions, prober, clock=clock)
+            coordination = Coordination(settings, signer, domains, chain, runtime, sessions, prober, tabs, clock=clock)
 
             async def coordinate() -> None:
                 # Who is attached gets sessions: a node that comes back has its weights before it says that it is here.

@@ -1,10 +1,10 @@
 """Sessions of the stages this node executes, and who may open one.
 
 Owns the state of each session, keyed by (request, stage), the admission rules and the budgets. Promises that a session
-is open only for a request that the chain routed to this node for that stage, with a token of its requester and an
-opening of its input commitment; that caches of all sessions fit the budget; that opening twice gives the same session;
-and that a stage that was sealed, or lost in a crash after its node had signed something about it, is never opened
-again. Does not move tensors: see node_client.pipeline.
+is open only for a request that the chain, or the collector of a tab, routed to this node for that stage, with a token
+of its requester and an opening of its input commitment; that caches of all sessions fit the budget; that opening
+twice gives the same session; and that a stage that was sealed, or lost in a crash after its node had signed something
+about it, is never opened again. Does not move tensors: see node_client.pipeline.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from node_client.prompt_lookup import Drawn, SpeculatedAnswer
 from node_client.settings import NodeSettings
 from node_client.shard_runtime import Rows, ShardRuntime, input_bytes, input_encodings, new_sketch
 from node_client.signing_guard import SigningGuard
+from node_client.tab_desk import TabDesk
 
 if TYPE_CHECKING:
     from node_client.pipeline import ForwardStream
@@ -344,11 +345,12 @@ class SessionStore:
         evidence: EvidenceStore,
         guard: SigningGuard,
         *,
+        tabs: TabDesk | None = None,
         clock: Clock = time.time,
     ) -> None:
         self._settings, self._node, self._domains = settings, node, domains
         self._chain, self._runtime, self._evidence, self._guard = chain, runtime, evidence, guard
-        self._clock = clock
+        self._tabs, self._clock = tabs, clock
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
         self._opening: dict[SessionKey, asyncio.Lock] = {}
         self._cache_used = 0
@@ -416,6 +418,8 @@ class SessionStore:
     async def open(self, message: execution_pb2.OpenSessionRequest) -> tuple[Session, bool]:
         """The session and whether it is new. Every way it can be refused is a Refusal; nothing is kept then."""
         key = (bytes(message.request_id), message.stage)
+        if message.HasField("grant") and self._tabs is not None:
+            await self._tabs.admit(key[0], message.grant)
         request = await self.check_token(key[0], message.token)
         lock = self._opening.setdefault(key, asyncio.Lock())
         try:
@@ -650,17 +654,8 @@ def replacements_from_messages(
         )
     found = []
     for message in messages:
-        given = message.assignment
         try:
-            assignment = Assignment(
-                given.stage,
-                given.replica,
-                given.first_unit,
-                given.end_unit,
-                address(given.node),
-                given.work_weight,
-                require_bytes32(given.execution_class, "execution class"),
-            )
+            assignment = Assignment.from_message(message.assignment)
             found.append(
                 StageReplacement(
                     request_id,

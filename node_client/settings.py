@@ -170,6 +170,10 @@ class NodeSettings(BaseSettings):
         default=10.0, gt=0, description="time spent asking for the evidence next to a stage that is judged"
     )
 
+    batch_patience_seconds: int = Field(
+        default=60, ge=1, description="a batch's next step is left to its collector for so long"
+    )
+
     # Disk
     evidence_bytes: int = Field(
         default=4 * 1024 * MIB, ge=1, description="bytes of evidence kept until disputes are over"

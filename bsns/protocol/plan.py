@@ -16,6 +16,7 @@ from eth_typing import ChecksumAddress
 
 from bsns.protocol.identifiers import ProtocolError, address, keccak256, require_bytes32
 from bsns.protocol.merkle import MerkleTree, leaf_hash
+from bsns.v1 import common_pb2
 
 MAXIMUM_STAGES = 32
 MAXIMUM_ASSIGNMENTS = 256
@@ -69,6 +70,31 @@ class Assignment:
             )
         except (TypeError, ValueError) as error:
             raise ProtocolError(f"not an assignment: {values!r}") from error
+
+    def to_message(self) -> common_pb2.Assignment:
+        """As it travels."""
+        return common_pb2.Assignment(
+            stage=self.stage,
+            replica=self.replica,
+            first_unit=self.first_unit,
+            end_unit=self.end_unit,
+            node=bytes.fromhex(self.node[2:]),
+            work_weight=self.work_weight,
+            execution_class=self.execution_class,
+        )
+
+    @classmethod
+    def from_message(cls, message: common_pb2.Assignment) -> Assignment:
+        """ProtocolError for an address or class of the wrong length."""
+        return cls(
+            message.stage,
+            message.replica,
+            message.first_unit,
+            message.end_unit,
+            address(bytes(message.node)),
+            message.work_weight,
+            require_bytes32(message.execution_class, "execution class"),
+        )
 
     @property
     def leaf(self) -> bytes:

@@ -71,6 +71,11 @@ def verification_domain(chain_id: int, verification: ChecksumAddress) -> Domain:
     return Domain("bsns OutputVerification", chain_id, verification)
 
 
+def tabs_domain(chain_id: int, tabs: ChecksumAddress) -> Domain:
+    """Domain of Ticket, StageResult, Voucher, Batch, TicketGrant and TicketAbandonment."""
+    return Domain("bsns RequestTabs", chain_id, tabs)
+
+
 @lru_cache(maxsize=64)
 def _parse(type_string: str) -> tuple[bytes, tuple[str, ...], tuple[str, ...]]:
     """Type hash, ABI types of the encoded members, member types, of a flat EIP-712 type string."""

@@ -15,7 +15,7 @@ import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +47,7 @@ from bsns.protocol.record import (
     RecordedTokens,
 )
 from bsns.protocol.sampling import SamplingParameters
+from bsns.protocol.tabs import RouteStage
 from bsns.requester.chat_tokenizer import (
     CHAT_TEMPLATE_FILE,
     TOKENIZER_FILE,
@@ -54,6 +55,7 @@ from bsns.requester.chat_tokenizer import (
     ChatTokenizerError,
     StreamDecoder,
 )
+from bsns.requester.collector import CollectorConnection
 from bsns.requester.errors import (
     AnswerInvalidError,
     ChainRefusedError,
@@ -78,6 +80,8 @@ from bsns.requester.request_input import RequestInput
 from bsns.requester.route_choice import RouteWishes, choose_route
 from bsns.requester.settlement import Settlement, Standing
 from bsns.requester.standby import NodeBackoff, Standby
+from bsns.requester.tab import Tab
+from bsns.v1 import tabs_pb2
 
 if TYPE_CHECKING:
     from bsns.chain.client import ChainClient, ChainEvent
@@ -382,26 +386,103 @@ class Client:
         publisher: str | None = None,
         wishes: RouteWishes = NO_WISHES,
         wait_for_settlement: bool = True,
+        tab: Tab | None = None,
     ) -> Answer:
         """Pay for and stream one answer.
 
         `sampling` defaults to greedy, with one token for a row of values (the class, the most such a request may ask
-        for). `fee_wei` is the most that may be deposited (default: whatever the quote says). With `wishes` the route is
-        chosen here and paid for in one transaction; without, the publisher of the plan does. With `wait_for_settlement`
-        False it returns once the answer is there and the committee is drawn; `resume` follows it up. Raises
-        RequesterError; after the deposit was paid that is NotServedError, which says when the deposit can be taken
-        back.
+        for). `fee_wei` is the most that may be deposited (default: whatever the quote says). With `wishes` the route
+        is chosen here and paid for in one transaction; without, the publisher of the plan does. With a `tab` the
+        request is paid out of it, without a transaction, and is over when its collector has the voucher. With
+        `wait_for_settlement` False it returns once the answer is there and the committee is drawn; `resume` follows it
+        up. Raises RequesterError; after the deposit was paid that is NotServedError, which says when the deposit can
+        be taken back.
         """
         given = self._request_input(prompt)
         if sampling is None:
             sampling = SamplingParameters() if given.tokens else SamplingParameters(maximum_tokens=1)
         self._check_stop(stop)
+        if tab is not None:
+            return await self._request_on_tab(tab, given, sampling, stop, fee_wei, wishes, on_token, on_progress)
         entry, receipt = await self._open(given, sampling, stop, publisher, fee_wei, wishes, on_progress)
         entry = self._save(entry.with_transaction("open", receipt.transaction_hash, stage="opened"))
         logger.info(
             "request opened", request_id=entry.request_id.hex(), fee_wei=entry.deposit, prompt_tokens=given.rows
         )
         return await self._carry_on(entry, on_token, on_progress, wait_for_settlement)
+
+    async def _request_on_tab(
+        self,
+        tab: Tab,
+        given: RequestInput,
+        sampling: SamplingParameters,
+        stop: Sequence[str],
+        fee_wei: int | None,
+        wishes: RouteWishes,
+        on_token: OnToken,
+        on_progress: OnProgress,
+    ) -> Answer:
+        if wishes.within_s is not None:
+            raise InvalidRequestError("on a tab the collector chooses the route: nodes can be avoided, not measured")
+        quote = await self._quote(given, sampling.maximum_tokens, tab.collector)
+        if fee_wei is not None and fee_wei < quote.fee_wei:
+            raise InvalidRequestError(
+                f"the quote is {quote.fee_wei} wei, more than the {fee_wei} you allow: allow more, or ask for "
+                "fewer tokens"
+            )
+        async with _chain_errors():
+            entry = await tab.open(quote.plan_id, given, sampling, tuple(stop), wishes.avoid)
+            on_progress(f"request 0x{entry.request_id.hex()}: ticket {entry.tab.number if entry.tab else 0} is taken")
+            return await self._carry_on_tab(tab, entry, on_token, on_progress, quote.fee_wei)
+
+    async def resume_on_tab(
+        self, tab: Tab, request_id: bytes, *, on_token: OnToken = _no_token, on_progress: OnProgress = _no_progress
+    ) -> Answer:
+        """Take up a request of a tab wherever it stopped: serve, sign, deliver."""
+        entry = self._entry(request_id)
+        if entry.tab is None or entry.stage == "prepared":
+            raise InvalidRequestError(f"request 0x{request_id.hex()} is not on a tab, or its ticket was never taken")
+        async with _chain_errors():
+            return await self._carry_on_tab(tab, entry, on_token, on_progress, 0)
+
+    async def _carry_on_tab(
+        self, tab: Tab, entry: JournalEntry, on_token: OnToken, on_progress: OnProgress, fee_wei: int
+    ) -> Answer:
+        assert entry.tab is not None, "opened on a tab"
+        stages = [RouteStage.from_message(tabs_pb2.RouteStage.FromString(item)) for item in entry.tab.route]
+        nodes = [item.assignment.node for item in stages]
+        known = await self._endpoints(nodes)
+        route = tuple(known[node] for node in nodes if node in known)
+        if len(route) < len(nodes):
+            raise UnavailableError("a node of the route has no endpoint on chain; is first_block right?")
+        timing = _Timing()
+        if entry.stage == "opened":
+            head = await self.chain.head()
+            standing = Standing(RequestStatus.ROUTED, entry.tab.deadline, 0, head.timestamp)
+            try:
+                entry = await self._serve(entry, route, standing, on_token, on_progress, timing, tab)
+            except NotServedError:
+                # The collector gives it up by itself after a while.
+                with suppress(RequesterError):
+                    await tab.abandon(entry)
+                raise
+        if entry.stage == "answered":
+            entry = await tab.pay(entry)
+        assert entry.tab is not None, "kept"
+        plan = await self.chain.call("ShardAssignments", "planOf", entry.plan_id)
+        return Answer(
+            text=entry.text,
+            token_ids=entry.answer,
+            request_id=entry.request_id,
+            finish_reason=entry.finish_reason or "interrupted",
+            status="Delivered" if entry.tab.delivered else "Abandoned",
+            fee_wei=fee_wei,
+            charged=(entry.input.rows + len(entry.answer)) * int(plan.feePerToken) if entry.tab.delivered else 0,
+            time_to_first_token_s=timing.first_token_s,
+            tokens_per_second=timing.tokens_per_second,
+            route=tuple(RouteNode(stage, item.node, item.endpoint) for stage, item in enumerate(route)),
+            transactions=entry.transactions,
+        )
 
     async def _open(
         self,
@@ -545,6 +626,9 @@ class Client:
             for entry in self._journal.entries():
                 if (entry.chain_id, entry.escrow) != (self.deployment.chain_id, self.deployment.inference_escrow):
                     continue
+                if entry.tab is not None:
+                    found.append(await self._tab_summary(entry))
+                    continue
                 standing = await self._settlement(entry, _no_progress).standing()
                 live = not standing.status.is_over and standing.status != RequestStatus.ABSENT
                 found.append(
@@ -560,6 +644,36 @@ class Client:
                     )
                 )
         return tuple(found)
+
+    async def _tab_summary(self, entry: JournalEntry) -> RequestSummary:
+        """A request of a tab: by the chain if its leaf was opened, else by this folder."""
+        standing = await self._settlement(entry, _no_progress).standing()
+        assert entry.tab is not None, "asked of those only"
+        by_hand = "Delivered" if entry.tab.delivered else {"concluded": "Abandoned"}.get(entry.stage, entry.stage)
+        on_chain = standing.status is not RequestStatus.ABSENT
+        return RequestSummary(
+            entry.request_id,
+            standing.status.name.capitalize() if on_chain else by_hand.capitalize(),
+            entry.created_at,
+            standing.deposit,
+            entry.input.rows,
+            len(entry.answer),
+            entry.finish_reason,
+            None,
+        )
+
+    def is_on_tab(self, request_id: bytes) -> bool:
+        """Whether a request of this state folder is paid out of a tab."""
+        return self._entry(request_id).tab is not None
+
+    def tab(self, collector: str, connection: CollectorConnection | None = None) -> Tab:
+        """This requester's tab with `collector`, the publisher of a plan."""
+        return Tab(self.chain, self.deployment, self._signer, self._journal, collector, connection)
+
+    async def publisher(self, publisher: str | None = None) -> str:
+        """Whose plan is paid for: `publisher` if it has an active one, or whoever published last."""
+        async with _chain_errors():
+            return (await self._active_plan(publisher)).publisher
 
     async def refund(self, request_id: bytes) -> Refund:
         """Take back what the escrow owes: claim an expired deposit, then withdraw the account's whole credit.
@@ -701,6 +815,7 @@ class Client:
         on_token: OnToken,
         on_progress: OnProgress,
         timing: _Timing,
+        tab: Tab | None = None,
     ) -> JournalEntry:
         """Stream the answer; the journal holds it when this returns."""
         decoder = self._decoder(entry.stop)
@@ -721,6 +836,17 @@ class Client:
                 tokens, drafts = session.tokens, session.drafts
                 for served in session.route:
                     self._backoff.served(served.node)
+                if tab is not None and entry.tab is not None:
+                    entry = dataclasses.replace(
+                        entry,
+                        tab=dataclasses.replace(
+                            entry.tab,
+                            route=tuple(item.to_message().SerializeToString() for item in session.served_by),
+                            results=tuple(
+                                item.to_message().SerializeToString() for item in await session.results(tab.domain)
+                            ),
+                        ),
+                    )
         except SessionError as error:
             kind = AnswerInvalidError if error.invalid else NotServedError
             raise self._not_served(entry, f"node of stage {error.stage} refused: {error}", standing, kind) from error
@@ -1005,6 +1131,8 @@ class Client:
     def _not_served(
         self, entry: JournalEntry, what: str, standing: Standing, kind: type[NotServedError] = NotServedError
     ) -> NotServedError:
+        if entry.tab is not None:
+            return kind(f"{what}; the request is not charged to your tab", entry.request_id, None)
         is_due = standing.status in (RequestStatus.EXPIRED, RequestStatus.REFUNDED)
         when = "now" if is_due else f"after {_clock(standing.deadline)}"
         return kind(

@@ -6,6 +6,7 @@ RequesterError
 ├── UnavailableError        no chain, no active plan, or not in time: try again later
 ├── InsufficientFundsError  the account cannot pay the deposit, or the gas of a transaction
 ├── ChainRefusedError       the contracts refused a transaction
+├── TicketRefusedError      the collector of a tab refused (bsns.requester.collector)
 ├── RefundNotDueError       the deposit is still in use; `seconds_left` until it can be taken back
 └── NotServedError          paid, but not answered: the deposit can be taken back
     └── AnswerInvalidError  what came back is not what the nodes signed

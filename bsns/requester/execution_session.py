@@ -36,11 +36,12 @@ from bsns.protocol.commitments import (
 from bsns.protocol.identifiers import ZERO_HASH, ProtocolError, address
 from bsns.protocol.plan import Assignment
 from bsns.protocol.replacement import StageReplacement, witness_of
+from bsns.protocol.tabs import RouteStage, StageResult
 from bsns.requester.errors import UnavailableError
 from bsns.requester.journal import JournalEntry, StageEvidenceHeader
 from bsns.requester.node_connection import NodeEndpoint, explain_refusal, open_channel
 from bsns.requester.standby import NodeBackoff, Standby
-from bsns.v1 import common_pb2, execution_pb2, execution_pb2_grpc
+from bsns.v1 import common_pb2, execution_pb2, execution_pb2_grpc, tabs_pb2
 
 logger = structlog.get_logger(__name__)
 
@@ -61,6 +62,8 @@ FINISH_REASONS: Final = {
 MAXIMUM_STRIKES: Final = 5
 """Times in a row that something is wrong, and every node is there, before the session is given up."""
 _UNKNOWN_SESSION: Final = "ERROR_REASON_UNKNOWN_SESSION"
+_NOT_YET: Final = "ERROR_REASON_EVIDENCE_UNAVAILABLE"
+_RESULT_POLL_S: Final = 0.02
 _OUT_OF_REACH: Final = frozenset(
     {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN", "ERROR_REASON_PEER_UNAVAILABLE"}
 )
@@ -166,6 +169,12 @@ class ExecutionSession:
         self._deadline = deadline
         self._query_deadline = query_deadline
         self._share_prompt = share_prompt
+        # Of a request that is paid out of a tab: what its nodes are shown, and who serves a stage by the plan.
+        self._grant: tabs_pb2.TicketGrant | None = None
+        self._served_by: list[RouteStage] = []
+        if entry.tab is not None:
+            self._grant = tabs_pb2.TicketGrant.FromString(entry.tab.grant)
+            self._served_by = [RouteStage.from_message(tabs_pb2.RouteStage.FromString(it)) for it in entry.tab.route]
         self._channels: list[grpc.aio.Channel] = []
         # Of the stages' nodes; None where a node could not be reached.
         self._stubs: list[execution_pb2_grpc.ShardExecutionAsyncStub | None] = []
@@ -286,6 +295,40 @@ class ExecutionSession:
         except grpc.aio.AioRpcError as error:
             # It may have ended by itself in between; at worst, more tokens are drawn than were needed.
             logger.info("close refused", request_id=self._entry.request_id.hex(), detail=str(self._refused(0, error)))
+
+    @property
+    def served_by(self) -> tuple[RouteStage, ...]:
+        """Of a request that is paid out of a tab: by whom each stage is served, as the plan has it."""
+        found = list(self._served_by)
+        for item in self._replacements:
+            found[item.stage] = RouteStage(item.assignment, item.proof)
+        return tuple(found)
+
+    async def results(self, domain: typed_data.Domain) -> tuple[StageResult, ...]:
+        """What the nodes of all stages sign for, once they have done their part; SessionError of the first that does
+        not. `domain` is that of RequestTabs.
+        """
+        return tuple(await asyncio.gather(*(self._result(stage, domain) for stage in range(len(self._route)))))
+
+    async def _result(self, stage: int, domain: typed_data.Domain) -> StageResult:
+        request = execution_pb2.GetStageResultRequest(
+            request_id=self._entry.request_id, stage=stage, token=self._session_token()
+        )
+        until = time.monotonic() + self._limits.close_s
+        found: execution_pb2.GetStageResultResponse | None = None
+        while found is None:
+            try:
+                found = await self._stub(stage).GetStageResult(request, timeout=self._limits.close_s)
+            except grpc.aio.AioRpcError as error:
+                if explain_refusal(error)[0] != _NOT_YET or time.monotonic() > until:
+                    raise self._refused(stage, error) from error
+                await asyncio.sleep(_RESULT_POLL_S)
+        result = StageResult(
+            self.served_by[stage], bytes(found.commitment), found.output_tokens, bytes(found.signature)
+        )
+        if found.output_tokens != len(self._received) or not result.is_signed(domain, self._entry.request_id):
+            raise SessionError("the node signs for another answer than the one that came", stage, invalid=True)
+        return result
 
     async def mend(self, stages: Iterable[int]) -> bool:
         """Replace those of `stages` whose nodes are out of reach, after the answer has come and before they have
@@ -584,7 +627,7 @@ class ExecutionSession:
             request_id=self._entry.request_id, stage=stage, token=self._session_token(), input=self._input_opening(),
             prompt=given.data if is_shown else b"",
             replacements=[replacement_message(item) for item in self._replacements],
-            predecessor_is_new=before_is_new, successor_is_new=behind_is_new,
+            predecessor_is_new=before_is_new, successor_is_new=behind_is_new, grant=self._grant,
         )  # fmt: skip
         stub = self._stubs[stage]
         if stub is None:
@@ -819,17 +862,8 @@ class ExecutionSession:
 
 def replacement_message(item: StageReplacement) -> execution_pb2.StageReplacement:
     """A replacement as it travels."""
-    given = item.assignment
     return execution_pb2.StageReplacement(
-        assignment=common_pb2.Assignment(
-            stage=given.stage,
-            replica=given.replica,
-            first_unit=given.first_unit,
-            end_unit=given.end_unit,
-            node=bytes.fromhex(given.node[2:]),
-            work_weight=given.work_weight,
-            execution_class=given.execution_class,
-        ),
+        assignment=item.assignment.to_message(),
         proof=item.proof,
         replaced=bytes.fromhex(item.replaced[2:]),
         consent=item.consent,

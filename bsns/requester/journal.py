@@ -21,7 +21,9 @@ from bsns.protocol.sampling import SamplingError, SamplingParameters
 from bsns.requester.errors import JournalError
 from bsns.requester.request_input import RequestInput
 
-JOURNAL_FORMAT: Final = 3
+JOURNAL_FORMAT: Final = 4
+# Before requests could be paid out of tabs.
+_TABLESS_FORMAT: Final = 3
 # Written before answers had drafts, and before inputs could be anything but token ids; a request paid then can still be
 # taken up.
 _DRAFTLESS_FORMAT: Final = 2
@@ -29,7 +31,9 @@ _TOKENS_ONLY_FORMAT: Final = 1
 MAXIMUM_ENTRIES_LISTED: Final = 10_000
 
 Stage = Literal["prepared", "opened", "answered", "drawn", "concluded"]
-"""How far a request came: written down, on chain, answer received, committee drawn, settled or refunded."""
+"""How far a request came: written down, on chain (or its ticket taken), answer received, committee drawn, settled or
+refunded (or delivered to the collector).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,24 @@ class StageEvidenceHeader:
     sealed_sketch: bytes
     output_tokens: int
     steps: tuple[EvidenceStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TabEntry:
+    """What a request that is paid out of a tab has besides. Messages of bsns.v1 as they were sent: the `grant`, once
+    the collector took the ticket; for each stage by whom it is served now (`route`); the nodes' `results`.
+    `voucher_secret` and `cumulative` (wei) are of the voucher that pays for it; `delivered` once the collector has it.
+    """
+
+    collector: str
+    number: int
+    deadline: int
+    grant: bytes = b""
+    route: tuple[bytes, ...] = ()
+    results: tuple[bytes, ...] = ()
+    voucher_secret: bytes = b""
+    cumulative: int = 0
+    delivered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +91,7 @@ class JournalEntry:
     finish_reason: str = ""
     evidence: tuple[StageEvidenceHeader, ...] = ()
     transactions: dict[str, str] = field(default_factory=dict)
+    tab: TabEntry | None = None
 
     def with_transaction(self, name: str, transaction_hash: bytes, **changes: Any) -> JournalEntry:
         """A copy that also names a transaction."""
@@ -151,7 +174,7 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(content: dict[str, Any]) -> JournalEntry:
-    if content["format"] not in (JOURNAL_FORMAT, _DRAFTLESS_FORMAT, _TOKENS_ONLY_FORMAT):
+    if content["format"] not in (JOURNAL_FORMAT, _TABLESS_FORMAT, _DRAFTLESS_FORMAT, _TOKENS_ONLY_FORMAT):
         raise ValueError(f"format {content['format']!r}, this release reads {JOURNAL_FORMAT}")
     if content["stage"] not in get_args(Stage):
         raise ValueError(f"unknown stage {content['stage']!r}")
@@ -179,6 +202,7 @@ def _decode(content: dict[str, Any]) -> JournalEntry:
             finish_reason=str(content["finish_reason"]),
             evidence=tuple(_decode_evidence(item) for item in content["evidence"]),
             transactions={str(key): str(value) for key, value in content["transactions"].items()},
+            tab=_decode_tab(content.get("tab")),
         )
     except (ProtocolError, SamplingError) as error:
         raise ValueError(str(error)) from error
@@ -189,6 +213,26 @@ def _decode_input(content: dict[str, Any]) -> RequestInput:
         return RequestInput.of_tokens(tuple(map(int, content["prompt"])))
     found = content["input"]
     return RequestInput(found["encoding"], bytes.fromhex(found["data"].removeprefix("0x")))
+
+
+def _decode_tab(content: dict[str, Any] | None) -> TabEntry | None:
+    if content is None:
+        return None
+
+    def data(name: str) -> bytes:
+        return bytes.fromhex(content[name].removeprefix("0x"))
+
+    return TabEntry(
+        collector=address(content["collector"]),
+        number=int(content["number"]),
+        deadline=int(content["deadline"]),
+        grant=data("grant"),
+        route=tuple(bytes.fromhex(item.removeprefix("0x")) for item in content["route"]),
+        results=tuple(bytes.fromhex(item.removeprefix("0x")) for item in content["results"]),
+        voucher_secret=data("voucher_secret"),
+        cumulative=int(content["cumulative"]),
+        delivered=bool(content["delivered"]),
+    )
 
 
 def _decode_evidence(content: dict[str, Any]) -> StageEvidenceHeader:

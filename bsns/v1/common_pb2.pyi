@@ -112,6 +112,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The node that is to be replaced still serves."""
     ERROR_REASON_SESSION_ENDED: _ErrorReason.ValueType  # 25
     """The stage has done its part and committed to it."""
+    ERROR_REASON_NOT_COVERED: _ErrorReason.ValueType  # 26
+    """A ticket, voucher or tab does not cover what is asked for."""
+    ERROR_REASON_TICKET_OUT_OF_ORDER: _ErrorReason.ValueType  # 27
+    """Another ticket has the number, or one before it is missing."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused; carried as google.rpc.ErrorInfo.reason with domain "bsns"."""
@@ -144,6 +148,10 @@ ERROR_REASON_NODE_IN_PLACE: ErrorReason.ValueType  # 24
 """The node that is to be replaced still serves."""
 ERROR_REASON_SESSION_ENDED: ErrorReason.ValueType  # 25
 """The stage has done its part and committed to it."""
+ERROR_REASON_NOT_COVERED: ErrorReason.ValueType  # 26
+"""A ticket, voucher or tab does not cover what is asked for."""
+ERROR_REASON_TICKET_OUT_OF_ORDER: ErrorReason.ValueType  # 27
+"""Another ticket has the number, or one before it is missing."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -23,37 +23,40 @@ _sym_db = _symbol_database.Default()
 
 
 from bsns.v1 import common_pb2 as bsns_dot_v1_dot_common__pb2
+from bsns.v1 import tabs_pb2 as bsns_dot_v1_dot_tabs__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62sns/v1/coordination.proto\x12\x07\x62sns.v1\x1a\x14\x62sns/v1/common.proto\"\xd4\x01\n\x0cMeasurements\x12\x10\n\x08model_id\x18\x01 \x01(\x0c\x12\x0c\n\x04node\x18\x02 \x01(\x0c\x12\x13\n\x0bmeasured_at\x18\x03 \x01(\x04\x12\x17\n\x0f\x65xecution_class\x18\x04 \x01(\x0c\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12)\n\x0cunit_timings\x18\x06 \x03(\x0b\x32\x13.bsns.v1.UnitTiming\x12\"\n\x05links\x18\x07 \x03(\x0b\x32\x13.bsns.v1.LinkTiming\x12\x11\n\tsignature\x18\x08 \x01(\x0c\"\xa1\x01\n\nUnitTiming\x12\x11\n\tunit_kind\x18\x01 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_nanoseconds\x18\x02 \x01(\x04\x12\x1b\n\x13prefill_nanoseconds\x18\x03 \x01(\x04\x12\"\n\x1a\x62\x61tched_decode_nanoseconds\x18\x04 \x01(\x04\x12#\n\x1b\x62\x61tched_prefill_nanoseconds\x18\x05 \x01(\x04\"T\n\nLinkTiming\x12\x0c\n\x04node\x18\x01 \x01(\x0c\x12\x1e\n\x16round_trip_nanoseconds\x18\x02 \x01(\x04\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x04\"(\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"b\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x15\n\ropen_sessions\x18\x02 \x01(\r\x12\x18\n\x10\x66ree_cache_bytes\x18\x03 \x01(\x04\x12\x12\n\nchain_head\x18\x04 \x01(\x04\"e\n\x0bPlanConsent\x12\x10\n\x08model_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tplan_root\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\x12\x0f\n\x07refusal\x18\x05 \x01(\t\"\xb9\x01\n\rAttachRequest\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x0e.bsns.v1.HelloH\x00\x12\'\n\theartbeat\x18\x02 \x01(\x0b\x32\x12.bsns.v1.HeartbeatH\x00\x12-\n\x0cmeasurements\x18\x03 \x01(\x0b\x32\x15.bsns.v1.MeasurementsH\x00\x12\'\n\x07\x63onsent\x18\x04 \x01(\x0b\x32\x14.bsns.v1.PlanConsentH\x00\x42\x06\n\x04\x62ody\"\x1a\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"E\n\x07Welcome\x12\'\n\x1fheartbeat_interval_milliseconds\x18\x01 \x01(\r\x12\x11\n\tmodel_ids\x18\x02 \x03(\x0c\"\xb5\x01\n\tPlanOffer\x12\x10\n\x08model_id\x18\x01 \x01(\x0c\x12\x11\n\tpublisher\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rfee_per_token\x18\x04 \x01(\x0c\x12\x19\n\x11measurements_hash\x18\x05 \x01(\x0c\x12\x18\n\x10\x63onsent_deadline\x18\x06 \x01(\x04\x12(\n\x0b\x61ssignments\x18\x07 \x03(\x0b\x32\x13.bsns.v1.Assignment\"\x8b\x01\n\x0e\x41ttachResponse\x12\'\n\tchallenge\x18\x01 \x01(\x0b\x32\x12.bsns.v1.ChallengeH\x00\x12#\n\x07welcome\x18\x02 \x01(\x0b\x32\x10.bsns.v1.WelcomeH\x00\x12#\n\x05offer\x18\x03 \x01(\x0b\x32\x12.bsns.v1.PlanOfferH\x00\x42\x06\n\x04\x62ody2Q\n\x10NodeCoordination\x12=\n\x06\x41ttach\x12\x16.bsns.v1.AttachRequest\x1a\x17.bsns.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62sns/v1/coordination.proto\x12\x07\x62sns.v1\x1a\x14\x62sns/v1/common.proto\x1a\x12\x62sns/v1/tabs.proto\"\xd4\x01\n\x0cMeasurements\x12\x10\n\x08model_id\x18\x01 \x01(\x0c\x12\x0c\n\x04node\x18\x02 \x01(\x0c\x12\x13\n\x0bmeasured_at\x18\x03 \x01(\x04\x12\x17\n\x0f\x65xecution_class\x18\x04 \x01(\x0c\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12)\n\x0cunit_timings\x18\x06 \x03(\x0b\x32\x13.bsns.v1.UnitTiming\x12\"\n\x05links\x18\x07 \x03(\x0b\x32\x13.bsns.v1.LinkTiming\x12\x11\n\tsignature\x18\x08 \x01(\x0c\"\xa1\x01\n\nUnitTiming\x12\x11\n\tunit_kind\x18\x01 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_nanoseconds\x18\x02 \x01(\x04\x12\x1b\n\x13prefill_nanoseconds\x18\x03 \x01(\x04\x12\"\n\x1a\x62\x61tched_decode_nanoseconds\x18\x04 \x01(\x04\x12#\n\x1b\x62\x61tched_prefill_nanoseconds\x18\x05 \x01(\x04\"T\n\nLinkTiming\x12\x0c\n\x04node\x18\x01 \x01(\x0c\x12\x1e\n\x16round_trip_nanoseconds\x18\x02 \x01(\x04\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x04\"(\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"b\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x15\n\ropen_sessions\x18\x02 \x01(\r\x12\x18\n\x10\x66ree_cache_bytes\x18\x03 \x01(\x04\x12\x12\n\nchain_head\x18\x04 \x01(\x04\"e\n\x0bPlanConsent\x12\x10\n\x08model_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tplan_root\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\x12\x0f\n\x07refusal\x18\x05 \x01(\t\"D\n\x0c\x42\x61tchConsent\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0f\n\x07refusal\x18\x03 \x01(\t\"\xe9\x01\n\rAttachRequest\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x0e.bsns.v1.HelloH\x00\x12\'\n\theartbeat\x18\x02 \x01(\x0b\x32\x12.bsns.v1.HeartbeatH\x00\x12-\n\x0cmeasurements\x18\x03 \x01(\x0b\x32\x15.bsns.v1.MeasurementsH\x00\x12\'\n\x07\x63onsent\x18\x04 \x01(\x0b\x32\x14.bsns.v1.PlanConsentH\x00\x12.\n\rbatch_consent\x18\x05 \x01(\x0b\x32\x15.bsns.v1.BatchConsentH\x00\x42\x06\n\x04\x62ody\"\x1a\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"E\n\x07Welcome\x12\'\n\x1fheartbeat_interval_milliseconds\x18\x01 \x01(\r\x12\x11\n\tmodel_ids\x18\x02 \x03(\x0c\"\xb5\x01\n\tPlanOffer\x12\x10\n\x08model_id\x18\x01 \x01(\x0c\x12\x11\n\tpublisher\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rfee_per_token\x18\x04 \x01(\x0c\x12\x19\n\x11measurements_hash\x18\x05 \x01(\x0c\x12\x18\n\x10\x63onsent_deadline\x18\x06 \x01(\x04\x12(\n\x0b\x61ssignments\x18\x07 \x03(\x0b\x32\x13.bsns.v1.Assignment\"\xb2\x01\n\x0e\x41ttachResponse\x12\'\n\tchallenge\x18\x01 \x01(\x0b\x32\x12.bsns.v1.ChallengeH\x00\x12#\n\x07welcome\x18\x02 \x01(\x0b\x32\x10.bsns.v1.WelcomeH\x00\x12#\n\x05offer\x18\x03 \x01(\x0b\x32\x12.bsns.v1.PlanOfferH\x00\x12%\n\x05\x62\x61tch\x18\x04 \x01(\x0b\x32\x14.bsns.v1.TicketBatchH\x00\x42\x06\n\x04\x62ody2Q\n\x10NodeCoordination\x12=\n\x06\x41ttach\x12\x16.bsns.v1.AttachRequest\x1a\x17.bsns.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'bsns.v1.coordination_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MEASUREMENTS']._serialized_start=62
-  _globals['_MEASUREMENTS']._serialized_end=274
-  _globals['_UNITTIMING']._serialized_start=277
-  _globals['_UNITTIMING']._serialized_end=438
-  _globals['_LINKTIMING']._serialized_start=440
-  _globals['_LINKTIMING']._serialized_end=524
-  _globals['_HELLO']._serialized_start=526
-  _globals['_HELLO']._serialized_end=566
-  _globals['_HEARTBEAT']._serialized_start=568
-  _globals['_HEARTBEAT']._serialized_end=666
-  _globals['_PLANCONSENT']._serialized_start=668
-  _globals['_PLANCONSENT']._serialized_end=769
-  _globals['_ATTACHREQUEST']._serialized_start=772
-  _globals['_ATTACHREQUEST']._serialized_end=957
-  _globals['_CHALLENGE']._serialized_start=959
-  _globals['_CHALLENGE']._serialized_end=985
-  _globals['_WELCOME']._serialized_start=987
-  _globals['_WELCOME']._serialized_end=1056
-  _globals['_PLANOFFER']._serialized_start=1059
-  _globals['_PLANOFFER']._serialized_end=1240
-  _globals['_ATTACHRESPONSE']._serialized_start=1243
-  _globals['_ATTACHRESPONSE']._serialized_end=1382
-  _globals['_NODECOORDINATION']._serialized_start=1384
-  _globals['_NODECOORDINATION']._serialized_end=1465
+  _globals['_MEASUREMENTS']._serialized_start=82
+  _globals['_MEASUREMENTS']._serialized_end=294
+  _globals['_UNITTIMING']._serialized_start=297
+  _globals['_UNITTIMING']._serialized_end=458
+  _globals['_LINKTIMING']._serialized_start=460
+  _globals['_LINKTIMING']._serialized_end=544
+  _globals['_HELLO']._serialized_start=546
+  _globals['_HELLO']._serialized_end=586
+  _globals['_HEARTBEAT']._serialized_start=588
+  _globals['_HEARTBEAT']._serialized_end=686
+  _globals['_PLANCONSENT']._serialized_start=688
+  _globals['_PLANCONSENT']._serialized_end=789
+  _globals['_BATCHCONSENT']._serialized_start=791
+  _globals['_BATCHCONSENT']._serialized_end=859
+  _globals['_ATTACHREQUEST']._serialized_start=862
+  _globals['_ATTACHREQUEST']._serialized_end=1095
+  _globals['_CHALLENGE']._serialized_start=1097
+  _globals['_CHALLENGE']._serialized_end=1123
+  _globals['_WELCOME']._serialized_start=1125
+  _globals['_WELCOME']._serialized_end=1194
+  _globals['_PLANOFFER']._serialized_start=1197
+  _globals['_PLANOFFER']._serialized_end=1378
+  _globals['_ATTACHRESPONSE']._serialized_start=1381
+  _globals['_ATTACHRESPONSE']._serialized_end=1559
+  _globals['_NODECOORDINATION']._serialized_start=1561
+  _globals['_NODECOORDINATION']._serialized_end=1642
 # @@protoc_insertion_point(module_scope)

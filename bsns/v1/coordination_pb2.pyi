@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from bsns.v1 import common_pb2 as _common_pb2
+from bsns.v1 import tabs_pb2 as _tabs_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -218,6 +219,34 @@ class PlanConsent(_message.Message):
 Global___PlanConsent: _TypeAlias = PlanConsent  # noqa: Y015
 
 @_typing.final
+class BatchConsent(_message.Message):
+    """A node's signature over a batch id, which is the EIP-712 digest of the batch under the domain of RequestTabs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    batch_id: _builtins.bytes
+    signature: _builtins.bytes
+    """Empty: refused, and `refusal` says why."""
+    refusal: _builtins.str
+    def __init__(
+        self,
+        *,
+        batch_id: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "refusal", b"refusal", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchConsent: _TypeAlias = BatchConsent  # noqa: Y015
+
+@_typing.final
 class AttachRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -225,6 +254,7 @@ class AttachRequest(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     MEASUREMENTS_FIELD_NUMBER: _builtins.int
     CONSENT_FIELD_NUMBER: _builtins.int
+    BATCH_CONSENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -233,6 +263,8 @@ class AttachRequest(_message.Message):
     def measurements(self) -> Global___Measurements: ...
     @_builtins.property
     def consent(self) -> Global___PlanConsent: ...
+    @_builtins.property
+    def batch_consent(self) -> Global___BatchConsent: ...
     def __init__(
         self,
         *,
@@ -240,12 +272,13 @@ class AttachRequest(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         measurements: Global___Measurements | None = ...,
         consent: Global___PlanConsent | None = ...,
+        batch_consent: Global___BatchConsent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "consent", b"consent", "heartbeat", b"heartbeat", "hello", b"hello", "measurements", b"measurements"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch_consent", b"batch_consent", "body", b"body", "consent", b"consent", "heartbeat", b"heartbeat", "hello", b"hello", "measurements", b"measurements"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "consent", b"consent", "heartbeat", b"heartbeat", "hello", b"hello", "measurements", b"measurements"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_consent", b"batch_consent", "body", b"body", "consent", b"consent", "heartbeat", b"heartbeat", "hello", b"hello", "measurements", b"measurements"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "measurements", "consent"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "measurements", "consent", "batch_consent"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -343,24 +376,30 @@ class AttachResponse(_message.Message):
     CHALLENGE_FIELD_NUMBER: _builtins.int
     WELCOME_FIELD_NUMBER: _builtins.int
     OFFER_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def challenge(self) -> Global___Challenge: ...
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
     def offer(self) -> Global___PlanOffer: ...
+    @_builtins.property
+    def batch(self) -> _tabs_pb2.TicketBatch:
+        """For the nodes with a share."""
+
     def __init__(
         self,
         *,
         challenge: Global___Challenge | None = ...,
         welcome: Global___Welcome | None = ...,
         offer: Global___PlanOffer | None = ...,
+        batch: _tabs_pb2.TicketBatch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "challenge", b"challenge", "offer", b"offer", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "body", b"body", "challenge", b"challenge", "offer", b"offer", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "challenge", b"challenge", "offer", b"offer", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "body", b"body", "challenge", b"challenge", "offer", b"offer", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["challenge", "welcome", "offer"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["challenge", "welcome", "offer", "batch"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from bsns.v1 import common_pb2 as _common_pb2
+from bsns.v1 import tabs_pb2 as _tabs_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -161,6 +162,7 @@ class OpenSessionRequest(_message.Message):
     REPLACEMENTS_FIELD_NUMBER: _builtins.int
     PREDECESSOR_IS_NEW_FIELD_NUMBER: _builtins.int
     SUCCESSOR_IS_NEW_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.bytes
     stage: _builtins.int
     prompt: _builtins.bytes
@@ -178,6 +180,10 @@ class OpenSessionRequest(_message.Message):
     def replacements(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageReplacement]:
         """Every replacement on the route so far, in the order they were made; this node is the newest one of its stage."""
 
+    @_builtins.property
+    def grant(self) -> _tabs_pb2.TicketGrant:
+        """Of a request that is paid out of a tab and not on the chain."""
+
     def __init__(
         self,
         *,
@@ -189,10 +195,11 @@ class OpenSessionRequest(_message.Message):
         replacements: _abc.Iterable[Global___StageReplacement] | None = ...,
         predecessor_is_new: _builtins.bool = ...,
         successor_is_new: _builtins.bool = ...,
+        grant: _tabs_pb2.TicketGrant | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "input", b"input", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "predecessor_is_new", b"predecessor_is_new", "prompt", b"prompt", "replacements", b"replacements", "request_id", b"request_id", "stage", b"stage", "successor_is_new", b"successor_is_new", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "input", b"input", "predecessor_is_new", b"predecessor_is_new", "prompt", b"prompt", "replacements", b"replacements", "request_id", b"request_id", "stage", b"stage", "successor_is_new", b"successor_is_new", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -329,6 +336,58 @@ class CheckSessionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckSessionResponse: _TypeAlias = CheckSessionResponse  # noqa: Y015
+
+@_typing.final
+class GetStageResultRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.bytes
+    stage: _builtins.int
+    @_builtins.property
+    def token(self) -> Global___SessionToken: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.bytes = ...,
+        stage: _builtins.int = ...,
+        token: Global___SessionToken | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "stage", b"stage", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStageResultRequest: _TypeAlias = GetStageResultRequest  # noqa: Y015
+
+@_typing.final
+class GetStageResultResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMITMENT_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    commitment: _builtins.bytes
+    output_tokens: _builtins.int
+    signature: _builtins.bytes
+    """EIP-712 StageResult, see bsns.v1.StageResult."""
+    def __init__(
+        self,
+        *,
+        commitment: _builtins.bytes = ...,
+        output_tokens: _builtins.int = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commitment", b"commitment", "output_tokens", b"output_tokens", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStageResultResponse: _TypeAlias = GetStageResultResponse  # noqa: Y015
 
 @_typing.final
 class GetStageHistoryRequest(_message.Message):

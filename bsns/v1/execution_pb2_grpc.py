@@ -71,6 +71,11 @@ class ShardExecutionStub:
                 request_serializer=bsns_dot_v1_dot_execution__pb2.CheckSessionRequest.SerializeToString,
                 response_deserializer=bsns_dot_v1_dot_execution__pb2.CheckSessionResponse.FromString,
                 _registered_method=True)
+        self.GetStageResult = channel.unary_unary(
+                '/bsns.v1.ShardExecution/GetStageResult',
+                request_serializer=bsns_dot_v1_dot_execution__pb2.GetStageResultRequest.SerializeToString,
+                response_deserializer=bsns_dot_v1_dot_execution__pb2.GetStageResultResponse.FromString,
+                _registered_method=True)
         self.GetStageHistory = channel.unary_stream(
                 '/bsns.v1.ShardExecution/GetStageHistory',
                 request_serializer=bsns_dot_v1_dot_execution__pb2.GetStageHistoryRequest.SerializeToString,
@@ -139,6 +144,13 @@ class ShardExecutionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStageResult(self, request, context):
+        """What the stage signs for a request that is paid out of a tab, once it has done its part. For the requester, whose token proves it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStageHistory(self, request, context):
         """What went into a stage or came out of it, of the stage before or behind it, for the node that takes it over. That node proves itself in the
         metadata as for Forward. Frames as they were handed over, each step whole and in order.
@@ -192,6 +204,11 @@ def add_ShardExecutionServicer_to_server(servicer, server):
                     servicer.CheckSession,
                     request_deserializer=bsns_dot_v1_dot_execution__pb2.CheckSessionRequest.FromString,
                     response_serializer=bsns_dot_v1_dot_execution__pb2.CheckSessionResponse.SerializeToString,
+            ),
+            'GetStageResult': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStageResult,
+                    request_deserializer=bsns_dot_v1_dot_execution__pb2.GetStageResultRequest.FromString,
+                    response_serializer=bsns_dot_v1_dot_execution__pb2.GetStageResultResponse.SerializeToString,
             ),
             'GetStageHistory': grpc.unary_stream_rpc_method_handler(
                     servicer.GetStageHistory,
@@ -395,6 +412,33 @@ class ShardExecution:
             '/bsns.v1.ShardExecution/CheckSession',
             bsns_dot_v1_dot_execution__pb2.CheckSessionRequest.SerializeToString,
             bsns_dot_v1_dot_execution__pb2.CheckSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStageResult(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bsns.v1.ShardExecution/GetStageResult',
+            bsns_dot_v1_dot_execution__pb2.GetStageResultRequest.SerializeToString,
+            bsns_dot_v1_dot_execution__pb2.GetStageResultResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,8 @@ class ShardExecutionStub:
     """
     CheckSession: _grpc.UnaryUnaryMultiCallable[_execution_pb2.CheckSessionRequest, _execution_pb2.CheckSessionResponse]
     """Whether the stage still has its session, for whoever waits for it. Reads nothing but memory."""
+    GetStageResult: _grpc.UnaryUnaryMultiCallable[_execution_pb2.GetStageResultRequest, _execution_pb2.GetStageResultResponse]
+    """What the stage signs for a request that is paid out of a tab, once it has done its part. For the requester, whose token proves it."""
     GetStageHistory: _grpc.UnaryStreamMultiCallable[_execution_pb2.GetStageHistoryRequest, _execution_pb2.GetStageHistoryResponse]
     """What went into a stage or came out of it, of the stage before or behind it, for the node that takes it over. That node proves itself in the
     metadata as for Forward. Frames as they were handed over, each step whole and in order.
@@ -87,6 +89,8 @@ class ShardExecutionAsyncStub(ShardExecutionStub):
     """
     CheckSession: _aio.UnaryUnaryMultiCallable[_execution_pb2.CheckSessionRequest, _execution_pb2.CheckSessionResponse]  # type: ignore[assignment]
     """Whether the stage still has its session, for whoever waits for it. Reads nothing but memory."""
+    GetStageResult: _aio.UnaryUnaryMultiCallable[_execution_pb2.GetStageResultRequest, _execution_pb2.GetStageResultResponse]  # type: ignore[assignment]
+    """What the stage signs for a request that is paid out of a tab, once it has done its part. For the requester, whose token proves it."""
     GetStageHistory: _aio.UnaryStreamMultiCallable[_execution_pb2.GetStageHistoryRequest, _execution_pb2.GetStageHistoryResponse]  # type: ignore[assignment]
     """What went into a stage or came out of it, of the stage before or behind it, for the node that takes it over. That node proves itself in the
     metadata as for Forward. Frames as they were handed over, each step whole and in order.
@@ -160,6 +164,14 @@ class ShardExecutionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_execution_pb2.CheckSessionResponse, _abc.Awaitable[_execution_pb2.CheckSessionResponse]]:
         """Whether the stage still has its session, for whoever waits for it. Reads nothing but memory."""
+
+    @_abc_1.abstractmethod
+    def GetStageResult(
+        self,
+        request: _execution_pb2.GetStageResultRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_execution_pb2.GetStageResultResponse, _abc.Awaitable[_execution_pb2.GetStageResultResponse]]:
+        """What the stage signs for a request that is paid out of a tab, once it has done its part. For the requester, whose token proves it."""
 
     @_abc_1.abstractmethod
     def GetStageHistory(

@@ -32,7 +32,7 @@ from bsns.protocol.model_graph import ModelGraph
 from bsns.protocol.plan import ShardPlan
 from bsns.protocol.planning_record import MAXIMUM_ANNOUNCED_BYTES, PlanningRecord, RebalancingTerms, SignedMeasurements
 from bsns.protocol.typed_data import PLAN_CONSENT, Domain, is_signed_by, signing_digest
-from bsns.v1 import common_pb2, coordination_pb2
+from bsns.v1 import coordination_pb2
 from coordinator.dispatch.node_pool import NodePool
 from coordinator.dispatch.node_standing import NodeStandings
 from coordinator.network_state import PlanState
@@ -505,18 +505,7 @@ class PlanPublication:
                 fee_per_token=self._policy.fee_per_token.to_bytes(_FEE_BYTES, "big"),
                 measurements_hash=digest,
                 consent_deadline=deadline,
-                assignments=[
-                    common_pb2.Assignment(
-                        stage=item.stage,
-                        replica=item.replica,
-                        first_unit=item.first_unit,
-                        end_unit=item.end_unit,
-                        node=bytes.fromhex(item.node[2:]),
-                        work_weight=item.work_weight,
-                        execution_class=item.execution_class,
-                    )
-                    for item in plan.assignments
-                ],
+                assignments=[item.to_message() for item in plan.assignments],
             )
         )
 

@@ -73,13 +73,7 @@ class RequestRouting:
         waiting = [item for item in requests if item.status == RequestStatus.OPEN and now <= item.deadline]
         if not waiting:
             return
-        accounts = await self._blocking(self._storage.nodes)
-        load = node_load(requests)
-        able = {
-            node: _availability(attached, self._standings.of(node).weight, load[node])
-            for node, attached in self._pool.live().items()
-            if _is_active(accounts.get(node), now)
-        }
+        able = await self._able(requests, now)
         for request in waiting:
             plan = await self._blocking(lambda: self._storage.plan(request.plan_id))  # noqa: B023 - awaited at once
             if plan is None or plan.publisher != self._outbox.sender:
@@ -105,6 +99,26 @@ class RequestRouting:
             )
             key = f"route/0x{request.request_id.hex()}"
             await self._outbox.want(Intent(key, "InferenceEscrow", "route", arguments))
+
+    async def choose(
+        self, plan: PlanState, tokens: int, requests: Iterable[RequestState], now: int, avoid: frozenset[str]
+    ) -> tuple[Assignment, ...] | None:
+        """A route for a request of `tokens` tokens that is not on the chain, without the nodes `avoid`; None if a stage
+        has no node.
+        """
+        able = {node: item for node, item in (await self._able(requests, now)).items() if node not in avoid}
+        nodes = (await self._table(plan)).best(able, tokens)
+        return None if nodes is None else _assignments(plan, nodes)
+
+    async def _able(self, requests: Iterable[RequestState], now: int) -> dict[str, Availability]:
+        """Nodes that may serve at Unix second `now`, with how much they have to do."""
+        accounts = await self._blocking(self._storage.nodes)
+        load = node_load(requests)
+        return {
+            node: _availability(attached, self._standings.of(node).weight, load[node])
+            for node, attached in self._pool.live().items()
+            if _is_active(accounts.get(node), now)
+        }
 
     async def _table(self, plan: PlanState) -> RouteTable:
         """The plan's replicas with their times and links, as of a few seconds ago."""
