@@ -24,6 +24,7 @@ from bsns.audit.books import PROBLEMS_KEPT, Books
 from bsns.audit.chain_facts import contract_domain
 from bsns.audit.entries import (
     AccountCredit,
+    BatchEntry,
     CreditEntry,
     Entries,
     JailEntry,
@@ -37,6 +38,8 @@ from bsns.audit.entries import (
     RouteEntry,
     SlashEntry,
     StakeMovement,
+    TabMovement,
+    TabState,
     Totals,
     WithdrawalEntry,
 )
@@ -50,18 +53,20 @@ if TYPE_CHECKING:  # the chain client is slow to import
     from bsns.chain.client import Block, ChainClient
     from bsns.chain.deployment import Deployment
 
-REPORT_FORMAT: Final = 2
+REPORT_FORMAT: Final = 3
 MAXIMUM_REPORT_BYTES: Final = 512 * 1024 * 1024
 """About a million entries."""
 PLANS_UNTIL_PRUNED: Final = 256
 """Plans entered before the range until those in effect are forgotten."""
 _SAFE_INTEGER: Final = 2**53
 _REQUEST_STATUSES: Final = ("Absent", "Open", "Routed", "Committed", "Verified", "Settled", "Expired", "Refunded")
+_BATCH_STATUSES: Final = ("Absent", "Posted", "Drawn", "Settled", "Void")
 _BALANCE_RULES: Final = {
     "NodeRegistry": "STAKE-01: balance of NodeRegistry",
     "ShardAssignments": "balance of ShardAssignments",
     "InferenceEscrow": "MONEY-01: balance of InferenceEscrow",
     "OutputVerification": "MONEY-01: balance of OutputVerification",
+    "RequestTabs": "MONEY-04: balance of RequestTabs",
 }
 
 
@@ -124,6 +129,13 @@ class Payments:
 
 
 @dataclass(frozen=True, slots=True)
+class Tabs:
+    states: tuple[TabState, ...]
+    movements: tuple[TabMovement, ...]
+    batches: tuple[BatchEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BlockReport:
     """Everything between the start of block `first` and the end of block `last`, in the order of the chain."""
 
@@ -134,6 +146,7 @@ class BlockReport:
     stakes: Stakes
     assignments: Assignments
     payments: Payments
+    tabs: Tabs
     verdicts: tuple[RequestVerdicts, ...]
     slashes: tuple[SlashEntry, ...]
     jailings: tuple[JailEntry, ...]
@@ -169,7 +182,8 @@ async def make_report(
         raise AuditError(f"--from {first} is after --to {last}: give the earlier block with --from")
     history = await PinnedHistory.ending_at(client, deployment, last, progress)
     start = await history.header(first)
-    books = Books(deployment.first_block)
+    terms = await history.call("RequestTabs", "terms")
+    books = Books(deployment.first_block, int(terms.tokensPerDraw))
     await _enter_history(books, history, first)
     books.open_range()
     async for transaction in history.transactions("reading the range", max(first, deployment.first_block), last):
@@ -192,6 +206,7 @@ async def make_report(
         stakes=Stakes(entries.nodes, entries.movements),
         assignments=Assignments(entries.models, entries.plans, activations, entries.routes, entries.replacements),
         payments=Payments(entries.requests, entries.credits, entries.withdrawals, entries.accounts),
+        tabs=Tabs(entries.tabs, entries.tab_movements, entries.batches),
         verdicts=entries.verdicts,
         slashes=entries.slashes,
         jailings=entries.jailings,
@@ -286,8 +301,6 @@ async def _activations(history: PinnedHistory, entries: Entries, first: int) -> 
 
 async def _balances(history: PinnedHistory, books: Books) -> AsyncIterator[ContractBalance]:
     for contract, account in history.deployment.contracts.items():
-        if contract not in _BALANCE_RULES:
-            continue  # RequestTabs, which the books do not follow yet
         balance, owed = await history.balance(account), books.holdings(contract)
         yield ContractBalance(contract, account, balance, owed, max(0, balance - owed))
 
@@ -329,10 +342,34 @@ def _range_checks(entries: Entries) -> Iterator[Check]:
         "start + put down = ended + end",
     )
     yield _sum(
+        "MONEY-04: tabs of the range",
+        sums.tabs_start + sums.tabs_funded + sums.tabs_restored,
+        sums.tabs_charged + sums.tabs_withdrawn + sums.tabs_end,
+        "start + funded + restored = charged + withdrawn + end",
+    )
+    yield _sum(
+        "MONEY-04: batches of the range",
+        sums.pots_start + sums.tabs_charged,
+        sums.pots_taken + sums.pots_paid + sums.pots_fees + sums.tabs_restored + sums.pots_end,
+        "start + charged = taken + paid + fees + restored + end",
+    )
+    yield _sum(
+        "MONEY-04: bonds of batches and leaf challenges",
+        sums.tab_bonds_start + sums.tab_bonds_put_down,
+        sums.tab_bonds_returned + sums.tab_bonds_burned + sums.tab_bonds_end,
+        "start + put down = returned or forfeited + burned + end",
+    )
+    yield _sum(
         "credits of the range: where they come from",
         sums.credited,
-        paid + sums.bonds_ended + sums.stake_slashed - sums.stake_burned,
-        "credited = ended deposits + ended bonds + slashed and not burned",
+        paid
+        + sums.bonds_ended
+        + sums.stake_slashed
+        - sums.stake_burned
+        + sums.pots_paid
+        + sums.pots_fees
+        + sums.tab_bonds_returned,
+        "credited = ended deposits + ended bonds + slashed and not burned + batches paid + their bonds",
     )
     problems = [
         f"{item.contract} {item.account}: {item.start} + {item.credited} is not {item.withdrawn} + {item.end}"
@@ -372,6 +409,8 @@ async def _state_checks(history: PinnedHistory, books: Books, entries: Entries) 
         history, "MONEY-02: escrow's view of each request", _request_views(history, entries), "requests"
     )
     yield await _compare(history, "MONEY-01: verification's view of each bond", _bond_views(history, books), "bonds")
+    yield await _compare(history, "MONEY-04: contract's view of each tab", _tab_views(history, entries), "tabs")
+    yield await _compare(history, "MONEY-04: contract's view of each batch", _batch_views(history, entries), "batches")
 
 
 _View = Callable[[], Awaitable[str | None]]
@@ -436,6 +475,23 @@ def _bond_views(history: PinnedHistory, books: Books) -> list[_View]:
         return _unlike(f"stage {stage} of request 0x{request_id.hex()}", record, {"bond": bond})
 
     return [partial(compare, item.request_id, item.stage, item.bond) for item in books.live_bonds()]
+
+
+def _tab_views(history: PinnedHistory, entries: Entries) -> list[_View]:
+    async def compare(item: TabState) -> str | None:
+        tab = await history.call("RequestTabs", "tabOf", item.requester, item.collector)
+        return _unlike(f"tab of {item.requester} with {item.collector}", tab, {"balance": item.end})
+
+    return [partial(compare, item) for item in entries.tabs]
+
+
+def _batch_views(history: PinnedHistory, entries: Entries) -> list[_View]:
+    async def compare(item: BatchEntry) -> str | None:
+        batch = await history.call("RequestTabs", "batchOf", item.batch_id)
+        expected = {"status": _BATCH_STATUSES.index(item.status), "taken": item.taken}
+        return _unlike(f"batch 0x{item.batch_id.hex()}", batch, expected)
+
+    return [partial(compare, item) for item in entries.batches]
 
 
 def _unlike(what: str, view: Any, expected: dict[str, Any]) -> str | None:

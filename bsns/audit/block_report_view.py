@@ -130,6 +130,7 @@ def _head(report: BlockReport) -> Iterator[str]:
     yield f"             {domain.shard_assignments} ShardAssignments"
     yield f"             {domain.inference_escrow} InferenceEscrow"
     yield f"             {domain.output_verification} OutputVerification"
+    yield f"             {domain.request_tabs} RequestTabs"
     yield "Amounts      in ether"
 
 
@@ -145,6 +146,17 @@ def _tables(report: BlockReport) -> Iterator[tuple[str, Row, list[Row]]]:
     )
     yield "Payments", (*where, "what", "account", "amount", "request"), list(_payments(report))
     yield "Credits", ("contract", "account", "start", "credited", "withdrawn", "end"), list(_accounts(report))
+    yield (
+        "Tabs",
+        ("requester", "collector", "start", "funded", "restored", "charged", "withdrawn", "end"),
+        list(_tab_states(report)),
+    )
+    yield "Tab movements", (*where, "what", "requester", "amount", "balance", "batch"), list(_tab_movements(report))
+    yield (
+        "Batches",
+        ("batch", "collector", "tickets", "tokens", "charged", "opened", "paid", "fee", "restored", "status"),
+        list(_batches(report)),
+    )
     yield (
         "Verdicts",
         ("request", "commitments", "draw", "attested", "opened", "rounds", "outcome"),
@@ -225,6 +237,28 @@ def _accounts(report: BlockReport) -> Iterator[Row]:
         yield (item.contract, _account(item.account), *(_ether(amount) for amount in amounts))
 
 
+def _tab_states(report: BlockReport) -> Iterator[Row]:
+    for item in report.tabs.states:
+        amounts = (item.start, item.funded, item.restored, item.charged, item.withdrawn, item.end)
+        yield (_account(item.requester), _account(item.collector), *(_ether(amount) for amount in amounts))
+
+
+def _tab_movements(report: BlockReport) -> Iterator[Row]:
+    for item in report.tabs.movements:
+        batch = "" if item.batch_id is None else _hash(item.batch_id)
+        amounts = _ether(item.amount), _ether(item.balance)
+        yield (*_where(item.at), item.kind, _account(item.requester), *amounts, batch)
+
+
+def _batches(report: BlockReport) -> Iterator[Row]:
+    for item in report.tabs.batches:
+        opened = f"{item.opened} for {_ether(item.taken)}" if item.opened else ""
+        amounts = (_ether(amount) for amount in (item.paid, item.protocol_fee, item.restored))
+        status = item.status if item.ended is None else f"{item.status}, block {item.ended.block}"
+        counts = str(item.tickets), str(item.tokens), _ether(item.charged)
+        yield (_hash(item.batch_id), _account(item.collector), *counts, opened, *amounts, status)
+
+
 def _verdict(item: RequestVerdicts) -> Row:
     draw = {None: "not in range", True: "sampled", False: "not sampled"}[item.sampled]
     outcome = {None: "open", True: "accepted", False: "not accepted"}[item.accepted]
@@ -291,6 +325,17 @@ def _totals(report: BlockReport) -> Iterator[Row]:
     )
     bonds = (sums.bonds_start, sums.bonds_put_down, sums.bonds_ended, sums.bonds_end)
     yield ("bonds", *(_ether(amount) for amount in bonds))
+    spent = f"{_ether(sums.tabs_charged)} charged, {_ether(sums.tabs_withdrawn)} withdrawn"
+    into = f"{_ether(sums.tabs_funded)} funded, {_ether(sums.tabs_restored)} restored"
+    yield ("tabs", _ether(sums.tabs_start), into, spent, _ether(sums.tabs_end))
+    out = (
+        f"{_ether(sums.pots_taken)} into requests, {_ether(sums.pots_paid)} paid, {_ether(sums.pots_fees)} fee, "
+        f"{_ether(sums.tabs_restored)} restored"
+    )
+    yield ("batches", _ether(sums.pots_start), f"{_ether(sums.tabs_charged)} charged", out, _ether(sums.pots_end))
+    ended = f"{_ether(sums.tab_bonds_returned)} credited, {_ether(sums.tab_bonds_burned)} burned"
+    put_down = f"{_ether(sums.tab_bonds_put_down)} put down"
+    yield ("bonds of batches", _ether(sums.tab_bonds_start), put_down, ended, _ether(sums.tab_bonds_end))
     credits_ = (sums.credits_start, sums.credited, sums.credits_withdrawn, sums.credits_end)
     yield ("credits", *(_ether(amount) for amount in credits_))
 

@@ -1,4 +1,4 @@
-"""The books of the four contracts, kept by an auditor: every event is entered, one transaction after the other.
+"""The books of the contracts, kept by an auditor: every event is entered, one transaction after the other.
 
 Owns what money and stake did, who was promised, judged and punished, and why. `Books.apply` folds the history from its
 first event; after `Books.open_range` it also writes down each entry, and `Books.close_range` gives the entries and the
@@ -45,6 +45,7 @@ from bsns.audit.entries import (
     WithdrawalEntry,
 )
 from bsns.audit.errors import AuditError
+from bsns.audit.tab_books import BATCHES, TABS, TabBooks
 from bsns.protocol.identifiers import address
 from bsns.protocol.record import RecordedAssignment
 
@@ -63,7 +64,7 @@ SLASHES: Final = "STAKE-01: each slash"
 PARTS: Final = "STAKE-02: thawing within stake"
 BONDS: Final = "MONEY-01: each bond"
 JUDGEMENTS: Final = "judgements: each slash and jailing has one"
-EVENT_CHECKS: Final = (RUNNING, SETTLEMENTS, SLASHES, PARTS, BONDS, JUDGEMENTS)
+EVENT_CHECKS: Final = (RUNNING, SETTLEMENTS, SLASHES, PARTS, BONDS, JUDGEMENTS, TABS, BATCHES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,10 +217,11 @@ _IGNORED: Final = frozenset({"EndpointChanged", "DutyOpened", "DutyClosed"})
 
 
 class Books:
-    """See the module. `first_block` only goes into the advice of errors."""
+    """See the module. `first_block` only goes into the advice of errors; `tokens_per_draw` is RequestTabs'."""
 
-    def __init__(self, first_block: int) -> None:
+    def __init__(self, first_block: int, tokens_per_draw: int = 0) -> None:
         self._first_block = first_block
+        self.tabs = TabBooks(self._note, tokens_per_draw)
         self._records = False
         self._nodes: dict[ChecksumAddress, _Node] = {}
         self._credits: dict[tuple[str, ChecksumAddress], _Credit] = {}
@@ -254,6 +256,7 @@ class Books:
         self._credits = {key: item for key, item in self._credits.items() if item.balance}
         self._requests = dict(self._live)
         self._sums = _Sums(deposits_start=self._deposits(), bonds_start=self._held())
+        self.tabs.open_range()
         for node in self._nodes.values():
             node.start, node.start_thawing = node.staked, node.thawing
             node.added = node.thaw_started = node.withdrawn = node.slashed = 0
@@ -281,6 +284,9 @@ class Books:
             verdicts=tuple(_verdicts_of(key, item) for key, item in self._verdicts.items()),
             slashes=tuple(self._slashes),
             jailings=tuple(self._jailings),
+            tab_movements=tuple(self.tabs.movements),
+            tabs=self.tabs.states(),
+            batches=self.tabs.batches(),
         )
 
     def outcomes(self) -> Iterable[tuple[str, Sequence[str], int, int]]:
@@ -296,6 +302,7 @@ class Books:
             "NodeRegistry": sum(item.staked for item in self._nodes.values()),
             "InferenceEscrow": self._deposits(),
             "OutputVerification": self._held(),
+            "RequestTabs": self.tabs.held() + self.tabs.pots() + self.tabs.bonds(),
         }.get(contract, 0)
         return own + sum(item.balance for (owner, _), item in self._credits.items() if owner == contract)
 
@@ -330,11 +337,20 @@ class Books:
                 case "InferenceEscrow":
                     self._escrow(event)
                 case "RequestTabs":
-                    continue  # tabs and batches are not in the books yet; what a batch opens is a request of the escrow
+                    self._tab(event)
                 case _:
                     self._verification(event)
             self._open.previous = event
         self._end_transaction()
+
+    def _tab(self, event: ChainEvent) -> None:
+        role = self.tabs.apply(event)
+        if event.name == "CreditWithdrawn":
+            self._withdrawn(event)
+        elif event.name == "Credited":
+            self._credited(event)
+            source = bytes(event.arguments["source"])
+            self._credit_entry(event, role, source if role == "leaf challenge" else None)
 
     def _end_transaction(self) -> None:
         """Whatever a transaction began and did not end is wrong."""
@@ -774,6 +790,7 @@ class Books:
 
     def _totals(self) -> Totals:
         nodes, accounts, sums = list(self._nodes.values()), list(self._credits.values()), self._sums
+        tabs = self.tabs.sums
         return Totals(
             stake_start=sum(item.start for item in nodes),
             stake_added=sum(item.added for item in nodes),
@@ -794,6 +811,22 @@ class Books:
             bonds_put_down=sums.bonds_put_down,
             bonds_ended=sums.bonds_ended,
             bonds_end=self._held(),
+            tabs_start=tabs.tabs_start,
+            tabs_funded=tabs.funded,
+            tabs_restored=tabs.restored,
+            tabs_charged=tabs.charged,
+            tabs_withdrawn=tabs.withdrawn,
+            tabs_end=self.tabs.held(),
+            pots_start=tabs.pots_start,
+            pots_taken=tabs.taken,
+            pots_paid=tabs.paid,
+            pots_fees=tabs.fees,
+            pots_end=self.tabs.pots(),
+            tab_bonds_start=tabs.bonds_start,
+            tab_bonds_put_down=tabs.bonds_put_down,
+            tab_bonds_returned=tabs.bonds_returned,
+            tab_bonds_burned=tabs.bonds_burned,
+            tab_bonds_end=self.tabs.bonds(),
             credits_start=sum(item.start for item in accounts),
             credited=sum(item.credited for item in accounts),
             credits_withdrawn=sum(item.withdrawn for item in accounts),

@@ -170,7 +170,8 @@ class RequestMoney:
 class CreditEntry:
     """Wei credited by `contract` to `account`, whose credit there was `balance` afterwards.
 
-    `role`: executor, verifier, requester or protocol (of the request); slash reward; bond returned, bond forfeited.
+    `role`: executor, verifier, requester or protocol (of the request); slash reward; bond returned, bond forfeited;
+    batch (a share, the protocol fee or the collector's bond) or leaf challenge (a bond) of RequestTabs.
     """
 
     at: Place
@@ -305,6 +306,60 @@ class JailEntry:
     judgement: Place | None
 
 
+# ---------------------------------------------------------------------------------------------------------------- tabs
+
+
+@dataclass(frozen=True, slots=True)
+class TabMovement:
+    """`kind`: funded, charged, restored (by a void batch) or withdrawn. `balance` is what the tab had afterwards."""
+
+    at: Place
+    kind: str
+    requester: ChecksumAddress
+    collector: ChecksumAddress
+    amount: Big
+    balance: Big
+    batch_id: Hash | None
+
+
+@dataclass(frozen=True, slots=True)
+class TabState:
+    """One tab over the range: start + funded + restored - charged - withdrawn = end."""
+
+    requester: ChecksumAddress
+    collector: ChecksumAddress
+    start: Big
+    funded: Big
+    restored: Big
+    charged: Big
+    withdrawn: Big
+    end: Big
+
+
+@dataclass(frozen=True, slots=True)
+class BatchEntry:
+    """A batch that was not over before the range: charged = taken + paid + fee + restored, once it is over. `taken`
+    went into `opened` requests of the escrow. `draws` is None before its draw.
+    """
+
+    batch_id: Hash
+    posted: Place
+    collector: ChecksumAddress
+    plan_id: Hash
+    tickets: int
+    tokens: int
+    charged: Big
+    bond: Big
+    draws: int | None
+    opened: int
+    taken: Big
+    paid: Big
+    protocol_fee: Big
+    restored: Big
+    ended: Place | None
+    status: str
+
+
 # -------------------------------------------------------------------------------------------------------------- result
 
 
@@ -331,6 +386,22 @@ class Totals:
     bonds_put_down: Big
     bonds_ended: Big
     bonds_end: Big
+    tabs_start: Big
+    tabs_funded: Big
+    tabs_restored: Big
+    tabs_charged: Big
+    tabs_withdrawn: Big
+    tabs_end: Big
+    pots_start: Big
+    pots_taken: Big
+    pots_paid: Big
+    pots_fees: Big
+    pots_end: Big
+    tab_bonds_start: Big
+    tab_bonds_put_down: Big
+    tab_bonds_returned: Big
+    tab_bonds_burned: Big
+    tab_bonds_end: Big
     credits_start: Big
     credited: Big
     credits_withdrawn: Big
@@ -358,3 +429,6 @@ class Entries:
     verdicts: tuple[RequestVerdicts, ...]
     slashes: tuple[SlashEntry, ...]
     jailings: tuple[JailEntry, ...]
+    tab_movements: tuple[TabMovement, ...]
+    tabs: tuple[TabState, ...]
+    batches: tuple[BatchEntry, ...]

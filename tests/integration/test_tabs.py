@@ -11,11 +11,15 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from bsns.audit.block_report import make_report
+from bsns.audit.block_report_view import print_report
 from bsns.chain.deployment import TabTerms, Terms
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
@@ -158,6 +162,19 @@ async def test_eight_requests_of_two_requesters_are_one_batch_of_which_one_leaf_
             fee_bps = (await chain.call("InferenceEscrow", "terms")).protocolFeeBps
             assert sum(shares.values()) == charged - charged * fee_bps // 10_000
             assert len(shares) == 3, "each stage's node"
+
+            # An auditor finds the same from the chain alone.
+            report = await make_report(chain, deployment, None, None)
+            assert report.holds, [check for check in report.checks if not check.ok]
+            [audited] = report.tabs.batches
+            assert (audited.status, audited.tickets, audited.charged) == ("Settled", len(answers), charged)
+            assert (audited.taken, audited.paid) == (settled["taken"], settled["paidToExecutors"])
+            assert {item.requester: item.funded for item in report.tabs.states} == {
+                first.address: FUNDS, second.address: FUNDS,
+            }  # fmt: skip
+            assert report.totals.tabs_charged == charged
+            assert (report.totals.pots_end, report.totals.tab_bonds_end) == (0, 0)
+            print_report(report, Console(file=StringIO()))
 
             # The same digests by the contract.
             entry = one.journal.entries()[0]
