@@ -143,7 +143,9 @@ class EvidenceStore:
             ) from error
 
     def close(self) -> None:
-        self._database.close()
+        # A query of another thread must not find its connection freed beneath it.
+        with self._lock:
+            self._database.close()
 
     @property
     def bytes_used(self) -> int:

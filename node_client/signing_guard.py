@@ -58,7 +58,9 @@ class SigningGuard:
             ) from error
 
     def close(self) -> None:
-        self._database.close()
+        # As in the evidence store: other threads may be at it.
+        with self._lock:
+            self._database.close()
 
     def permit(self, kind: DutyKind, request: bytes, stage: int, position: int, digest: bytes) -> None:
         """Return if `digest` (32 bytes) may be signed for this duty, having recorded it.

@@ -115,7 +115,7 @@ class Swarm:
         domains = cast(SigningDomains, SimpleNamespace(registry=REGISTRY))
         nothing: Any = None
         servicer = ShardExecutionServicer(
-            self.settings, key.address, domains, chain, nothing, nothing, nothing, nothing, responder
+            self.settings, key.address, domains, chain, nothing, nothing, nothing, nothing, responder, nothing
         )
         watched = Watched(answer or servicer.Probe)
         server = grpc.aio.server()

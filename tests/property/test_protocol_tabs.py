@@ -91,7 +91,7 @@ def test_shares_add_up_and_are_by_work(batch: list[tuple[int, list[int]]], fee: 
 
 
 @given(
-    st.lists(st.integers(1, 1_000), min_size=1, max_size=6), st.integers(1, 400), st.binary(min_size=32, max_size=32)
+    st.lists(st.integers(1, 1_000), min_size=1, max_size=6), st.integers(100, 400), st.binary(min_size=32, max_size=32)
 )
 def test_draws_lie_in_the_segment_that_the_entropy_names(tokens: list[int], each: int, entropy: bytes) -> None:
     segments = [

@@ -17,6 +17,7 @@ from bsns.protocol.typed_data import (
     escrow_domain,
     registry_domain,
     signing_digest,
+    tabs_domain,
     verification_domain,
 )
 from bsns.v1 import execution_pb2
@@ -34,6 +35,7 @@ DOMAINS = SigningDomains(
     assignments_domain(1, CONTRACT),
     escrow_domain(1, CONTRACT),
     verification_domain(1, CONTRACT),
+    tabs_domain(1, CONTRACT),
 )
 # A ring of six stages, so that the neighbours of a stage are not neighbours of each other.
 EXECUTORS = [KeySigner(keccak256(b"executor %d" % number)) for number in range(6)]
@@ -62,6 +64,7 @@ async def may_see(tmp_path: Path, caller: KeySigner, seats: set[int], *, stage: 
         cast("Any", None),
         cast("Any", None),
         cast("Any", SimpleNamespace(sealed_stage=lambda *_: recorded)),
+        cast("Any", None),
         cast("Any", None),
         clock=lambda: NOW,
     )

@@ -17,7 +17,8 @@ ROWS = 5
 
 @pytest.fixture
 def session() -> ExecutionSession:
-    entry = SimpleNamespace(input=SimpleNamespace(rows=ROWS), sampling=SamplingParameters(maximum_tokens=20))
+    sampling = SamplingParameters(maximum_tokens=20)
+    entry = SimpleNamespace(tab=None, input=SimpleNamespace(rows=ROWS), sampling=sampling)
     anything = cast(Any, None)
     made = ExecutionSession(cast(Any, entry), [], anything, anything, anything, 0, 0)
     made._take_output(output(0, 0, 7, 8, 9))

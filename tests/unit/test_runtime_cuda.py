@@ -361,13 +361,13 @@ def test_batch_without_room_runs_one_by_one_and_only_what_is_too_large_fails(
     rows_of = stage._rows
     calls: list[int] = []
 
-    def rows(batch: object, inputs: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def rows(batch: object, inputs: Tensor, *others: object, **named: object) -> Tensor:
         calls.append(len(inputs))
         if len(inputs) > 50:
             from bsns.runtime.cuda import DeviceMemoryError
 
             raise DeviceMemoryError("cuda:0 is out of memory")
-        return rows_of(batch, inputs, wanted)  # type: ignore[arg-type]
+        return rows_of(batch, inputs, *others, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stage, "_rows", rows)
     # Longer than what is recorded on a GPU.
