@@ -155,6 +155,8 @@ class TabCollector:
         counts = (ticket.prompt_tokens, ticket.maximum_tokens)
         if not all(0 < count <= terms.maximum_tokens for count in counts):
             raise invalid("NOT_COVERED", f"prompt and answer have 1 to {terms.maximum_tokens} tokens each")
+        if sum(counts) > MAXIMUM_DRAWS * terms.tokens_per_draw:
+            raise invalid("NOT_COVERED", f"a batch has at most {MAXIMUM_DRAWS * terms.tokens_per_draw} tokens")
         if ZERO_HASH in (ticket.input_commitment, ticket.secret_hash):
             raise invalid("NOT_COVERED", "a ticket has an input commitment and a secret hash")
         if ticket.deadline < now + self._limits.ticket_seconds // 2:
@@ -341,6 +343,10 @@ class TabCollector:
             for record in await self._blocking(lambda: self._storage.tickets((TicketState.TAKEN,))):
                 if now > record.changed_at + self._limits.delivery_seconds:
                     await self._give_up(record)
+            for record in await self._blocking(lambda: self._storage.tickets((TicketState.DELIVERED,))):
+                # What cannot be opened when it is drawn would cost the bond, and the others their pay.
+                if _collected(record).ticket.ticket.deadline < now + self._limits.consent_seconds:
+                    await self._give_up(record)
             for batch in await self._blocking(lambda: self._storage.batches(BatchProgress.WANTED)):
                 await self._follow(batch, now, head_number)
             for batch in await self._blocking(lambda: self._storage.batches(BatchProgress.OFFERED)):
@@ -390,10 +396,11 @@ class TabCollector:
             return
         collected = tuple(map(_collected, included))
         shares = shares_of(collected, plan.fee_per_token, terms.protocol_fee_bps)
+        lapses = min(item.ticket.ticket.deadline for item in collected if item.results)
+        deadline = min(now + self._limits.post_seconds, lapses)
         batch = CollectedBatch(
-            plan_id, address(self._outbox.sender), plan.fee_per_token, now + self._limits.post_seconds, tuple(segments),
-            shares, collected,
-        )  # fmt: skip
+            plan_id, address(self._outbox.sender), plan.fee_per_token, deadline, tuple(segments), shares, collected
+        )
         batch_id = await self._blocking(lambda: batch.batch_id(self._domain))
         message = batch.to_message().SerializeToString()
         record = BatchRecord(batch_id, BatchProgress.OFFERED, now, message, {})

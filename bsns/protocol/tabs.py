@@ -537,6 +537,8 @@ class CollectedBatch:
         """ProtocolError unless every leaf can be opened and the shares are those of `shares_of`."""
         for item in self.tickets:
             item.check(domain, self.plan_id, plan_root)
+            if item.results and item.ticket.ticket.deadline < self.deadline:
+                raise ProtocolError(f"ticket {item.ticket.ticket.number} may lapse before the batch has to be posted")
         if self.shares != shares_of(self.tickets, self.fee_per_token, protocol_fee_bps):
             raise ProtocolError("the shares are not in proportion to the work of the plan's stages")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from eth_account import Account
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from bsns.chain.signer import KeySigner
 from bsns.protocol.identifiers import ProtocolError, abi_hash, address
+from bsns.protocol.merkle import MerkleTree
 from bsns.protocol.plan import Assignment
 from bsns.protocol.tabs import (
     CollectedBatch,
@@ -21,6 +24,7 @@ from bsns.protocol.tabs import (
     Ticket,
     drawn_tokens,
     shares_of,
+    stage_result_digest,
 )
 from bsns.protocol.typed_data import tabs_domain
 from bsns.v1 import tabs_pb2
@@ -128,6 +132,26 @@ def test_batch_with_a_ticket_out_of_place_is_none() -> None:
             CollectedBatch(b"\1" * 32, requester, 7, 10**9, (wrong,), batch.shares, tickets)
     with pytest.raises(ProtocolError, match="not among"):
         batch.leaf_at(15)
+
+
+def test_batch_whose_ticket_lapses_before_it_must_be_posted_is_refused() -> None:
+    requester = address(REQUESTER.address)
+    plan = [Assignment(0, 0, 0, 1, address(SIGNERS[0].address), 1, bytes(32))]
+    tree = MerkleTree([item.leaf for item in plan])
+    item = ticket(0)
+    digest = stage_result_digest(DOMAIN, item.ticket.request_id(DOMAIN), 0, b"\7" * 32, 4)
+    result = StageResult(RouteStage(plan[0], tree.proof(0)), b"\7" * 32, 4, SIGNERS[0].sign_digest(digest))
+    collected = (CollectedTicket(item, (result,)),)
+    segment = Segment(requester, 0, 1, 7, 49, b"\6" * 32)
+    for deadline in (10**9, 10**9 + 1):
+        batch = CollectedBatch(b"\1" * 32, requester, 7, deadline, (segment,), shares_of(collected, 7, 100), collected)
+        if deadline == item.ticket.deadline:
+            batch.check(DOMAIN, tree.root, 100)
+            continue
+        with pytest.raises(ProtocolError, match="may lapse"):
+            batch.check(DOMAIN, tree.root, 100)
+    with pytest.raises(ProtocolError, match="shares"):
+        replace(batch, deadline=10**9).check(DOMAIN, tree.root, 5_000)
 
 
 def test_digests_are_those_of_eip_712_libraries() -> None:
