@@ -336,7 +336,7 @@ def tab_fund(
     """Put money on your tab with the publisher of a plan. Funding a tab that is closing keeps it open."""
 
     async def run() -> None:
-        async with _client(rpc, deployment, key_file, password_file, state_dir, None) as client:
+        async with _client(rpc, deployment, key_file, password_file, state_dir, None, of_any_model=True) as client:
             found = client.tab(await client.publisher(publisher))
             sent = await found.fund(amount)
             _report_tab(await found.standing(), {"transaction": sent}, as_json)
@@ -360,7 +360,7 @@ def tab_show(
 
     async def run() -> None:
         async with (
-            _client(rpc, deployment, key_file, password_file, state_dir, None) as client,
+            _client(rpc, deployment, key_file, password_file, state_dir, None, of_any_model=True) as client,
             _tab_of(client, True, publisher, coordinator, coordinator_certificate, needed=False) as found,
         ):
             _report_tab(await found.standing(), {}, as_json)
@@ -385,7 +385,7 @@ def tab_follow(
 
     async def run() -> None:
         async with (
-            _client(rpc, deployment, key_file, password_file, state_dir, None) as client,
+            _client(rpc, deployment, key_file, password_file, state_dir, None, of_any_model=True) as client,
             _tab_of(client, True, publisher, coordinator, coordinator_certificate) as found,
         ):
             waiting = await found.follow(seconds)
@@ -407,7 +407,7 @@ def tab_close(
     """Begin to close your tab: what it holds can be taken out after the close period."""
 
     async def run() -> None:
-        async with _client(rpc, deployment, key_file, password_file, state_dir, None) as client:
+        async with _client(rpc, deployment, key_file, password_file, state_dir, None, of_any_model=True) as client:
             found = client.tab(await client.publisher(publisher))
             sent = await found.close()
             _report_tab(await found.standing(), {"transaction": sent}, as_json)
@@ -428,7 +428,7 @@ def tab_withdraw(
     """Take out what your closed tab holds, and what the contract owes you besides."""
 
     async def run() -> None:
-        async with _client(rpc, deployment, key_file, password_file, state_dir, None) as client:
+        async with _client(rpc, deployment, key_file, password_file, state_dir, None, of_any_model=True) as client:
             amount, transactions = await client.tab(await client.publisher(publisher)).withdraw()
         if as_json:
             _print_json({"withdrawn_wei": amount, "transactions": dict(transactions)})
@@ -769,11 +769,12 @@ async def _client(
     model_folder: Path | None,
     *,
     share_prompt: bool = True,
+    of_any_model: bool = False,
 ) -> Any:
     from bsns.requester.client import Client
 
     known, signer = _deployment(deployment), _signer(key_file, password_file)
-    folder = _model_folder(model_folder)
+    folder = None if of_any_model else _model_folder(model_folder)
     async with await Client.connect(
         rpc, known, signer, state_dir, model_folder=folder, share_prompt=share_prompt
     ) as client:

@@ -671,9 +671,14 @@ class Client:
         return Tab(self.chain, self.deployment, self._signer, self._journal, collector, connection)
 
     async def publisher(self, publisher: str | None = None) -> str:
-        """Whose plan is paid for: `publisher` if it has an active one, or whoever published last."""
+        """Whose tab is meant: that of `publisher`, whatever has become of its plans, or of whoever published last."""
+        if publisher is not None:
+            try:
+                return identifiers.address(publisher)
+            except identifiers.ProtocolError as error:
+                raise InvalidRequestError(f"publisher: {error}") from error
         async with _chain_errors():
-            return (await self._active_plan(publisher)).publisher
+            return (await self._active_plan(None)).publisher
 
     async def refund(self, request_id: bytes) -> Refund:
         """Take back what the escrow owes: claim an expired deposit, then withdraw the account's whole credit.

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import secrets
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -45,7 +47,7 @@ from bsns.requester.tab import Tab
 from bsns.runtime.decoder_executor import StageExecutor
 from bsns.runtime.weight_store import WeightStore
 from bsns.v1 import tabs_pb2
-from tests.integration.network import Network, running_network
+from tests.integration.network import Network, run_command, running_network
 from tests.unit.runtime_models import greedy, prepared_tiny_model
 
 PROMPTS = ((5, 17, 60, 33), (8, 2, 71), (90, 4, 4, 4, 12), (33, 1))
@@ -285,3 +287,45 @@ async def test_collector_takes_nothing_that_is_not_covered_signed_or_in_order(
                 await one.connection.deliver(first, results, voucher)
             await one.tab.close()
             assert await refusal(signed(number=2)) == "NOT_COVERED", "the tab is closing"
+
+
+@pytest.mark.timeout(300)
+async def test_commands_fund_ask_show_close_and_withdraw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with tiny_network(tmp_path, monkeypatch) as (network, store):
+        devnet = network.devnet
+        known = ["--rpc", devnet.rpc_url, "--deployment", str(devnet.deployment_file)]
+        known += ["--key-file", str(devnet.requester_key_file), "--state-dir", str(tmp_path / "state")]
+        collector = ["--coordinator", str(devnet.coordinator.ready["endpoint"])]
+
+        async def bsns(*command: str, status: int = 0) -> Any:
+            done = await run_command([sys.executable, "-m", "bsns.cli", *command])
+            assert done.status == status, done.error
+            return json.loads(done.output) if "--json" in command else done.output + done.error
+
+        funded = await bsns("tab", "fund", str(FUNDS), *known, "--json")
+        assert (int(funded["balance"]), funded["tickets"]) == (FUNDS, 0)
+        prompt = ["--prompt-ids", ",".join(map(str, PROMPTS[0])), "--max-tokens", "9"]
+        model = ["--model-folder", str(network.model_folder)]
+        refused = await bsns("request", "--tab", *prompt, *known, *model, status=2)
+        assert "--coordinator" in refused
+        refused = await bsns("request", "--tab", "--record", "r.json", *collector, *prompt, *known, *model, status=2)
+        assert "--record" in refused
+        answer = await bsns("request", "--tab", *collector, *prompt, *known, *model, "--json", "--token-ids")
+        assert (answer["status"], tuple(answer["token_ids"])) == ("Delivered", expected_answer(store, PROMPTS[0]))
+        listed = await bsns("requests", *known, "--json")
+        assert [item["status"] for item in listed["requests"]] == ["Delivered"]
+        shown = await bsns("tab", "show", *collector, *known)
+        assert "next ticket is 1" in " ".join(shown.split())
+        await network.await_event("BatchPosted", WAIT_S)
+        followed = await bsns("tab", "follow", *collector, *known, "--json")
+        assert followed["batches_waiting"] == 0
+        await network.await_event("BatchDrawn", WAIT_S)
+        await bsns("tab", "close", *known)
+        early = await bsns("tab", "withdraw", *known, status=3)
+        assert "TabStillOpen" in early
+        await asyncio.sleep(short_terms().tabs.close_period)
+        back = await bsns("tab", "withdraw", *known, "--json")
+        left = int((await bsns("tab", "show", *known, "--json"))["balance"])
+        assert int(back["withdrawn_wei"]) == FUNDS - int(answer["charged"])
+        assert left == 0
+        assert "owes anything" in await bsns("tab", "withdraw", *known, status=2)
