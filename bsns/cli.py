@@ -394,6 +394,28 @@ def tab_follow(
     _run(run())
 
 
+@tab.command("challenge")
+def tab_challenge(
+    request_id: _RequestId,
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    key_file: _KeyFile,
+    password_file: _PasswordFile = None,
+    publisher: _Publisher = None,
+    state_dir: _StateDir = DEFAULT_STATE_DIR,
+    as_json: _Json = False,
+) -> None:
+    """Have one of your requests judged by a committee that was not drawn. The bond comes back if a stage is wrong."""
+
+    async def run() -> None:
+        async with _client(rpc, deployment, key_file, password_file, state_dir, None, of_any_model=True) as client:
+            found = client.tab(await client.publisher(publisher))
+            sent = await found.challenge(_request_id(request_id))
+            _report_tab(await found.standing(), {"transaction": sent}, as_json)
+
+    _run(run())
+
+
 @tab.command("close")
 def tab_close(
     rpc: _Rpc,

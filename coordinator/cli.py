@@ -357,7 +357,7 @@ async def _status(database_url: str, rpc: str | None, deployment: Path | None) -
 
 @contextmanager
 def _storage(database_url: str) -> Iterator[Storage]:
-    storage = Storage(database_url)
+    storage = Storage.of_existing(database_url)
     try:
         storage.require_current_schema()
         yield storage

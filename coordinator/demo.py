@@ -84,13 +84,18 @@ async def run_devnet(folder: Path, nodes: int, model: str, console: Console) -> 
     )
     async with devnet:
         await devnet.await_plan()
+        bsns, status = (_as_typed(name) for name in ("bsns", "bsns-coordinator"))
+        known = f"--rpc {devnet.rpc_url} --deployment {devnet.deployment_file} --key-file {devnet.requester_key_file}"
+        collector = f"--coordinator {devnet.coordinator.ready['endpoint']}"
         console.print(
             "\nthe network is up; ask it something:\n"
-            f"  bsns request --rpc {devnet.rpc_url} --deployment {devnet.deployment_file} "
-            f"--key-file {devnet.requester_key_file} --model-folder {model_folder} --record build/record.json "
+            f"  {bsns} request {known} --model-folder {model_folder} --record build/record.json "
             f"{shlex.join(question)}\n"
-            f"  bsns audit verify build/record.json --rpc {devnet.rpc_url}\n"
-            f"  bsns-coordinator status --database-url {devnet.database_url}\n"
+            f"  {bsns} audit verify build/record.json --rpc {devnet.rpc_url}\n"
+            f"  {status} status --database-url {devnet.database_url}\n"
+            "or put money down once and pay without a transaction each:\n"
+            f"  {bsns} tab fund 1000000000000000 {known}\n"
+            f"  {bsns} request --tab {collector} {known} --model-folder {model_folder} {shlex.join(question)}\n"
             "Ctrl-C stops everything.",
             highlight=False,
             soft_wrap=True,
@@ -105,6 +110,17 @@ async def run_devnet(folder: Path, nodes: int, model: str, console: Console) -> 
                 )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), WATCH_INTERVAL_S)
+
+
+def _as_typed(command: str) -> str:
+    """A command of this installation as a person types it here, where it need not be in PATH."""
+    found = Path(sys.executable).parent / command
+    if shutil.which(command) is not None or not found.exists():
+        return command
+    try:
+        return str(found.relative_to(Path.cwd()))
+    except ValueError:
+        return str(found)
 
 
 def stages_of(nodes: int) -> int:

@@ -384,7 +384,7 @@ async def serve(settings: CoordinatorSettings, on_ready: Callable[[dict[str, Any
 
 async def status(settings_database_url: str, chain: ChainClient | None) -> dict[str, Any]:
     """What a database says, with the head's lag if a chain is given. Reads only; a coordinator may run beside it."""
-    storage = Storage(settings_database_url)
+    storage = Storage.of_existing(settings_database_url)
     try:
         storage.require_current_schema()
         cursor = storage.cursor()

@@ -471,6 +471,18 @@ class Storage:
         self._writer: Connection | None = None
         self._lock_file: IO[bytes] | None = None
 
+    @classmethod
+    def of_existing(cls, url: str) -> Storage:
+        """For whoever only reads: StorageSettingsError where there is no SQLite file, which is not created."""
+        with _translated():
+            parsed = make_url(url)
+        is_file = parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:")
+        if is_file and not Path(str(parsed.database)).is_file():
+            raise StorageSettingsError(
+                f"there is no database at {parsed.database}: give the --database-url that the coordinator serves with"
+            )
+        return cls(url)
+
     def close(self) -> None:
         """Give connections and the writer lock back."""
         if self._writer is not None:

@@ -526,6 +526,10 @@ class TabCollector:
             _log.info("batch_over", batch="0x" + record.batch_id.hex(), status=state.status.name.lower())
             over = replace(record, state=BatchProgress.OVER, changed_at=now)
             await self._blocking(lambda: self._storage.change_batch(over))
+            if state.status is BatchStatus.SETTLED:
+                # The bond is back as a credit; the next batch needs it in the account.
+                key = f"withdrawCredit/0x{record.batch_id.hex()}"
+                await self._outbox.want(Intent(key, TABS, "withdrawCredit", (self._signer.address,)))
             return
         shown = await self._blocking(lambda: self._storage.secrets_of(record.batch_id))
         secrets = {key: secret for key, secret in shown.items() if secret is not None}

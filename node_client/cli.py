@@ -47,6 +47,9 @@ _SWITCH_SECONDS: Final = 0.0002
 
 Result = TypeVar("Result")
 
+# Contracts that owe operators what is theirs until they take it out.
+_CREDITORS: Final = ("InferenceEscrow", "NodeRegistry", "OutputVerification", "RequestTabs")
+
 app = typer.Typer(
     name="bsns-node",
     help="Stake, serve shards of models, attest the work of others. Exit codes: 0 done, 2 usage, 3 "
@@ -177,10 +180,7 @@ def status(
             raise SettingsError(f"there is no node key in {settings.data_dir}; run `bsns-node join`")
         account = await client.call("NodeRegistry", "accountOf", node)
         head = await client.head()
-        credits = {
-            contract: await client.call(contract, "creditOf", account.operator)
-            for contract in ("InferenceEscrow", "NodeRegistry", "OutputVerification")
-        }
+        credits = {contract: await client.call(contract, "creditOf", account.operator) for contract in _CREDITORS}
         return {
             "node": node,
             "operator": account.operator,
@@ -240,7 +240,7 @@ def withdraw(
     async def take(client: Web3ChainClient) -> bool:
         node, submitter = _operator(settings, client)
         found = False
-        for contract in ("InferenceEscrow", "NodeRegistry", "OutputVerification"):
+        for contract in _CREDITORS:
             credit = int(await client.call(contract, "creditOf", submitter.address))
             if credit:
                 await submitter.submit(contract, "withdrawCredit", submitter.address)

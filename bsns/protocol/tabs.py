@@ -335,6 +335,20 @@ class CollectedTicket:
         request = self.ticket.ticket.request_id(domain)
         return merkle.leaf_hash(encode(["bytes32", "bytes32", "uint32"], [request, executions, self.output_tokens]))
 
+    def opening(self, segment: int) -> tuple[Any, ...]:
+        """IRequestTabs.Opening of the leaf, which belongs to `segment` of its batch."""
+        route = [result.served_by for result in self.results]
+        return (
+            segment,
+            self.ticket.ticket.as_tuple(),
+            self.ticket.signature,
+            self.output_tokens,
+            [stage.assignment.as_tuple() for stage in route],
+            [list(stage.proof) for stage in route],
+            [result.commitment for result in self.results],
+            [result.signature for result in self.results],
+        )
+
     def to_message(self) -> tabs_pb2.CollectedTicket:
         results = [item.to_message() for item in self.results]
         return tabs_pb2.CollectedTicket(ticket=self.ticket.to_message(), results=results)
@@ -520,18 +534,7 @@ class CollectedBatch:
 
     def opening(self, index: int) -> tuple[Any, ...]:
         """IRequestTabs.Opening of ticket `index`."""
-        item = self.tickets[index]
-        route = [result.served_by for result in item.results]
-        return (
-            self.segment_of(index),
-            item.ticket.ticket.as_tuple(),
-            item.ticket.signature,
-            item.output_tokens,
-            [stage.assignment.as_tuple() for stage in route],
-            [list(stage.proof) for stage in route],
-            [result.commitment for result in item.results],
-            [result.signature for result in item.results],
-        )
+        return self.tickets[index].opening(self.segment_of(index))
 
     def check(self, domain: Domain, plan_root: bytes, protocol_fee_bps: int) -> None:
         """ProtocolError unless every leaf can be opened and the shares are those of `shares_of`."""

@@ -14,6 +14,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,7 @@ from bsns.protocol.identifiers import ProtocolError, RequestId, address
 from bsns.protocol.sampling import SamplingParameters
 from bsns.protocol.tabs import (
     BatchStatus,
+    CollectedTicket,
     PostedState,
     Segment,
     SignedTicket,
@@ -318,6 +320,28 @@ class Tab:
                 return waiting
             await asyncio.sleep(POLL_S)
 
+    async def challenge(self, request_id: bytes) -> str:
+        """Have a delivered request judged that was not drawn, for the bond of the contract's terms; the transaction.
+
+        InvalidRequestError unless it is in a batch whose leaves can be opened. The contract lets drawn leaves go first.
+        """
+        entry = self._journal.read(request_id)
+        if entry.tab is None or not entry.tab.delivered:
+            raise InvalidRequestError(f"request 0x{request_id.hex()} was not delivered on a tab: it has no leaf")
+        number = entry.tab.number
+        for batch in await self._posted():
+            for place, segment in enumerate(batch.segments):
+                mine = segment.requester == self._signer.address
+                if not mine or not segment.first_ticket <= number < segment.first_ticket + segment.tickets:
+                    continue
+                results = (tabs_pb2.StageResult.FromString(item) for item in entry.tab.results)
+                ticket = CollectedTicket(self.signed_ticket(entry), tuple(map(StageResult.from_message, results)))
+                bond = int((await self._chain.call(TABS, "terms")).challengeBond)
+                # What was signed and the number say where it belongs: no way to the root is needed.
+                opening = ticket.opening(place)
+                return _shown(await self._submitter.submit(TABS, "challengeLeaf", batch.shown, opening, [], value=bond))
+        raise InvalidRequestError(f"ticket {number} of request 0x{request_id.hex()} is in no batch yet")
+
     async def see_through(self) -> int:
         """Do what is overdue of requests whose leaves were opened; how many are not over."""
         waiting = 0
@@ -326,11 +350,20 @@ class Tab:
                 continue
             settlement = Settlement(self._chain, self._submitter, entry.request_id, _unheard, _unheard)
             standing = await settlement.standing()
-            if standing.status is RequestStatus.ABSENT or standing.status.is_over:
+            if standing.status is RequestStatus.ABSENT:
+                continue
+            if standing.status.is_over:
+                await self._resolve(entry.request_id)
                 continue
             waiting += 1
             await settlement.look(entry.secret)
         return waiting
+
+    async def _resolve(self, request_id: bytes) -> None:
+        """End a challenge of ours whose request is over: its bond comes back, or goes to the nodes."""
+        if await self._chain.call(TABS, "challengerOf", request_id) == self._signer.address:
+            with suppress(ContractError):  # anybody may
+                await self._submitter.submit(TABS, "resolveChallenge", request_id)
 
     async def _record_late(self, batch: _Posted, state: PostedState) -> None:
         """Put our secret on record when two thirds of the secret window are over."""

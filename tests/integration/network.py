@@ -120,6 +120,7 @@ async def running_network(
     *,
     node_count: int,
     stage_count: int | None = None,
+    replicas: int = 1,
     terms: Terms | None = None,
     node_command: Callable[[int], Sequence[str]] | None = None,
 ) -> AsyncIterator[Network]:
@@ -131,6 +132,7 @@ async def running_network(
         model_folder / "manifest.json",
         node_count=node_count,
         stage_count=stage_count,
+        replicas=replicas,
         terms=terms,
         progress=progress.append,
         **options,

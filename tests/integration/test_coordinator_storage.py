@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from coordinator.storage import (
     SignedTransaction,
     Storage,
     StorageError,
+    StorageSettingsError,
     StorageUnavailableError,
     TopologySnapshot,
     migrate,
@@ -498,3 +500,9 @@ def test_uint256_text_sorts_as_numbers_do() -> None:
     for wrong in (-1, 2**256):
         with pytest.raises(ValueError, match="uint256"):
             uint256_text(wrong)
+
+
+def test_reading_creates_no_database(tmp_path: Path) -> None:
+    with pytest.raises(StorageSettingsError, match="there is no database"):
+        Storage.of_existing(f"sqlite:///{tmp_path / 'nothing' / 'here.sqlite'}")
+    assert not list(tmp_path.iterdir())

@@ -173,7 +173,7 @@ async def test_last_stage_whose_outputs_do_not_open_its_digests_has_no_valid_evi
             opened, answer = await answered(network, plan, "ab", GREEDY)
             await network.draw(opened)
             for item in await reveals(network, opened, "AttestationRevealed", 4):
-                found = item.arguments["evidenceRoot"] == ZERO_HASH, item.arguments["outputTokens"]
+                found = item.arguments["innerSketch"] == ZERO_HASH, item.arguments["outputTokens"]
                 assert found == ((True, 0) if item.arguments["stage"] == 1 else (False, len(answer.tokens)))
 
 

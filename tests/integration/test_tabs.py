@@ -97,11 +97,15 @@ async def funded_signer(network: Network) -> KeySigner:
 
 
 @asynccontextmanager
-async def tiny_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Network, WeightStore]]:
+async def tiny_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, stages: int = 3, replicas: int = 1
+) -> AsyncIterator[tuple[Network, WeightStore]]:
     monkeypatch.setenv("BSNS_COORDINATOR_BATCH_SECONDS", "6")
     monkeypatch.setenv("BSNS_NODE_BATCH_PATIENCE_SECONDS", "2")
     folder = prepared_tiny_model(tmp_path / "cache")
-    async with running_network(tmp_path / "net", folder, node_count=4, stage_count=3, terms=short_terms()) as network:
+    async with running_network(
+        tmp_path / "net", folder, node_count=4, stage_count=stages, replicas=replicas, terms=short_terms()
+    ) as network:
         yield network, WeightStore(folder)
 
 
@@ -143,6 +147,7 @@ async def test_eight_requests_of_two_requesters_are_one_batch_of_which_one_leaf_
             by_hash = {secret_hash(item): item for item in own}
             offsets = drawn_tokens(batch_id, segments, bytes(drawn["entropy"]), by_hash, 40)
             assert tuple(drawn["offsets"]) == offsets, "both secrets counted"
+            await challenge_one_that_was_not_drawn(network, two)
             settled = (await network.await_event("BatchSettled", WAIT_S)).arguments
 
             opened = await network.events("LeafOpened")
@@ -151,6 +156,14 @@ async def test_eight_requests_of_two_requesters_are_one_batch_of_which_one_leaf_
                 request_id = bytes(event.arguments["requestId"])
                 assert await status_when_over(network, request_id) == RequestStatus.SETTLED, "a committee judged it"
             assert len(await network.events("AttestationRevealed")) >= 3 * len(opened)
+
+            # The challenged one was in order: the bond is its nodes'.
+            [challenged] = await network.events("LeafChallenged")
+            assert challenged.arguments["challenger"] == second.address
+            assert await status_when_over(network, bytes(challenged.arguments["requestId"])) == RequestStatus.SETTLED
+            await two.tab.see_through()
+            [resolved] = await network.events("ChallengeResolved")
+            assert (resolved.arguments["upheld"], resolved.contract) == (False, "RequestTabs")
 
             # Money: what was charged went into opened requests, to the nodes and to the treasury, and nowhere else.
             charged = sum(event.arguments["amount"] for event in await network.events("TabCharged"))
@@ -164,6 +177,19 @@ async def test_eight_requests_of_two_requesters_are_one_batch_of_which_one_leaf_
             fee_bps = (await chain.call("InferenceEscrow", "terms")).protocolFeeBps
             assert sum(shares.values()) == charged - charged * fee_bps // 10_000
             assert len(shares) == 3, "each stage's node"
+
+            # The collector has its bond back, an operator takes its pay out.
+            await until_no_credit(network, one.tab.collector)
+            operator = (await chain.call("NodeRegistry", "accountOf", next(iter(shares)))).operator
+            owed = await chain.call("RequestTabs", "creditOf", operator)
+            assert owed
+            number = [child.ready["node"] for child in network.devnet.nodes].index(next(iter(shares)))
+            known = ["--rpc", network.devnet.rpc_url, "--deployment", str(network.devnet.deployment_file)]
+            known += ["--data-dir", str(network.devnet.folder / f"node-{number}")]
+            monkeypatch.setenv("BSNS_NODE_PASSWORD", "devnet")
+            done = await run_command([sys.executable, "-m", "node_client.cli", "withdraw", *known])
+            assert "credit of RequestTabs" in done.output, done.error
+            assert await chain.call("RequestTabs", "creditOf", operator) == 0
 
             # An auditor finds the same from the chain alone.
             report = await make_report(chain, deployment, None, None)
@@ -209,6 +235,27 @@ async def test_nodes_see_a_batch_through_whose_collector_died(tmp_path: Path, mo
             assert await settlement == RequestStatus.SETTLED
 
 
+async def challenge_one_that_was_not_drawn(network: Network, who: Requester) -> None:
+    """As soon as the drawn leaves are open."""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            opened = await network.events("LeafOpened")
+            if opened and opened[-1].arguments["pending"] == 0:
+                break
+            await asyncio.sleep(0.2)
+    drawn = {bytes(event.arguments["requestId"]) for event in opened}
+    left = [item.request_id for item in who.journal.entries() if bytes(item.request_id) not in drawn]
+    await who.tab.challenge(left[0])
+
+
+async def until_no_credit(network: Network, account: str) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            if not await network.chain.call("RequestTabs", "creditOf", account):
+                return
+            await asyncio.sleep(0.5)
+
+
 async def status_when_over(network: Network, request_id: bytes, alone: Tab | None = None) -> RequestStatus:
     """What becomes of a request on the chain, for which `alone`'s requester does what is overdue."""
     async with asyncio.timeout(WAIT_S):
@@ -219,6 +266,40 @@ async def status_when_over(network: Network, request_id: bytes, alone: Tab | Non
             if status.is_over:
                 return status
             await asyncio.sleep(0.5)
+
+
+@pytest.mark.timeout(420)
+async def test_node_that_dies_in_mid_answer_is_replaced_and_its_replacement_signs_and_is_paid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tiny_network(tmp_path, monkeypatch, stages=2, replicas=2) as (network, _):
+        first = KeySigner(bytes.fromhex(network.devnet.requester_key_file.read_text().strip()))
+        sampling = SamplingParameters(temperature=1.5, seed=3, maximum_tokens=40)
+        async with requester(network, tmp_path / "first", first) as one:
+            undisturbed = await one.client.request(list(PROMPTS[0]), sampling, tab=one.tab)
+            assert len(undisturbed.token_ids) > 6, "long enough to be interrupted"
+            killed: list[str] = []
+            known = {child.ready["node"]: child for child in network.devnet.nodes}
+
+            def kill_the_last_stage(_token: int, _text: str) -> None:
+                if killed:
+                    return
+                entry = max(one.journal.entries(), key=lambda item: item.tab.number if item.tab else -1)
+                assert entry.tab is not None
+                grant = TicketGrant.from_message(tabs_pb2.TicketGrant.FromString(entry.tab.grant))
+                killed.append(grant.route[-1].assignment.node)
+                known[killed[0]].process.kill()
+
+            answer = await one.client.request(list(PROMPTS[0]), sampling, tab=one.tab, on_token=kill_the_last_stage)
+            assert answer.token_ids == undisturbed.token_ids
+            assert answer.status == "Delivered"
+            entry = one.journal.read(answer.request_id)
+            assert entry.tab is not None
+            results = [StageResult.from_message(tabs_pb2.StageResult.FromString(it)) for it in entry.tab.results]
+            assert results[-1].served_by.assignment.node not in killed
+            posted = (await network.await_event("BatchPosted", WAIT_S)).arguments
+            paid = {node for node, _ in posted["batch"][6]}
+            assert results[-1].served_by.assignment.node in paid
 
 
 @pytest.mark.timeout(420)
