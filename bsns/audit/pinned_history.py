@@ -39,6 +39,7 @@ _SOURCES: Final[tuple[tuple[str, str | None], ...]] = (
     ("ShardAssignments", "PlanPublished"),
     ("InferenceEscrow", None),
     ("OutputVerification", None),
+    ("RequestTabs", None),
 )
 _LEFT_OUT: Final = frozenset({"DocumentAnnounced"})
 _Result = TypeVar("_Result")

@@ -183,6 +183,9 @@ def test_cli_print_config_masks_and_does_not_start() -> None:
 def test_cli_migrate_status_and_plan_on_an_empty_database_say_what_is_there(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'c.sqlite'}"
     result = CliRunner().invoke(app, ["status", "--database-url", url, "--json"])
+    assert (result.exit_code, "no database" in result.stderr) == (2, True)
+    (tmp_path / "c.sqlite").touch()
+    result = CliRunner().invoke(app, ["status", "--database-url", url, "--json"])
     assert result.exit_code == 3
     assert "migrate" in result.stderr
     assert CliRunner().invoke(app, ["migrate", "--database-url", url]).exit_code == 0
