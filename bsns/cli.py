@@ -40,8 +40,8 @@ MAXIMUM_PROMPT_BYTES: Final = 4 * 1024 * 1024
 
 _HELP: Final = (
     "Ask a question and pay for it, see what became of it, take a deposit back; and audit anybody's request.\n\n"
-    "Exit codes: 0 done, 1 an audit failed, 2 wrong use or input, 3 the contracts refused, 4 chain or network "
-    "unavailable, 5 paid but not served (the deposit can be taken back)."
+    "Exit codes: 0 done, 1 an audit failed, 2 wrong use or input, 3 the contracts or a collector refused, 4 chain or "
+    "network unavailable, 5 paid but not served (the deposit can be taken back)."
 )
 
 app = typer.Typer(name="bsns", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP)
@@ -844,6 +844,7 @@ def _exit_codes() -> Iterator[None]:
         errors.ChainRefusedError,
         errors.InsufficientFundsError,
         errors.RefundNotDueError,
+        errors.TicketRefusedError,
         ContractError,
         InsufficientFundsError,
     ) as error:

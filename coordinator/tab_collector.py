@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 
@@ -58,6 +59,7 @@ from coordinator.transaction_outbox import TransactionOutbox, WorkerThread
 
 TABS: Final = "RequestTabs"
 MAXIMUM_SECRETS_SHOWN: Final = 64
+_PARSED_BATCHES: Final = 64
 _OPEN: Final = (TicketState.TAKEN, TicketState.DELIVERED, TicketState.ABANDONED, TicketState.BATCHED)
 _log = structlog.get_logger(__name__)
 
@@ -108,6 +110,8 @@ class TabCollector:
         # Nodes that were offered a batch and said no, with the reason; and those it was offered to.
         self._refusals: dict[bytes, dict[str, str]] = {}
         self._offered: dict[bytes, set[str]] = {}
+        # Block after which batches on the chain were looked at last: nothing about them changes without another.
+        self._followed = -1
 
     # ----------------------------------------------------------------------------------------------------- requesters
 
@@ -140,7 +144,7 @@ class TabCollector:
         async with self._lock:
             known = await self._blocking(lambda: self._storage.ticket(request))
             if known is not None:
-                return TicketGrant.from_message(tabs_pb2.TicketGrant.FromString(known.grant))
+                return TicketGrant.from_message(_grant(known))
             return await self._take(signed, request, frozenset(avoid))
 
     async def _take(self, signed: SignedTicket, request: RequestId, avoid: frozenset[str]) -> TicketGrant:
@@ -238,7 +242,7 @@ class TabCollector:
             await self._deliver(record, found, promise)
 
     async def _deliver(self, record: TicketRecord, results: tuple[StageResult, ...], promise: Voucher) -> None:
-        grant = TicketGrant.from_message(tabs_pb2.TicketGrant.FromString(record.grant))
+        grant = TicketGrant.from_message(_grant(record))
         plan = await self._blocking(lambda: self._storage.plan(PlanId(record.plan_id)))
         if plan is None or not results:
             raise invalid("MALFORMED_MESSAGE", "a delivery has the result of each stage")
@@ -256,7 +260,7 @@ class TabCollector:
             lambda: self._storage.tickets((TicketState.DELIVERED,), requester=record.requester)
         )
         vouchers = await self._blocking(lambda: self._storage.vouchers(record.requester))
-        due = await self._collected(record.requester, vouchers) + sum(item.charge for item in tickets) + charge
+        due = await self._promised(record.requester, vouchers) + sum(item.charge for item in tickets) + charge
         if promise.cumulative < due or any(item.secret_hash == promise.secret_hash for item in vouchers):
             raise failed_precondition(
                 "NOT_COVERED", f"the voucher promises {promise.cumulative} wei, {due} are due, with a fresh secret"
@@ -279,7 +283,7 @@ class TabCollector:
         await self._blocking(lambda: self._storage.deliver(done, kept))
         _log.info("ticket_delivered", request_id="0x" + record.request_id.hex(), charge=charge)
 
-    async def _collected(self, requester: str, vouchers: Sequence[VoucherRecord]) -> int:
+    async def _promised(self, requester: str, vouchers: Sequence[VoucherRecord]) -> int:
         """Cumulative wei of the last voucher that went into a batch, here or on the chain."""
         on_chain = await self._chain.call(TABS, "tabOf", requester, self._signer.address)
         used = max((item.cumulative for item in vouchers if item.batch_id is not None), default=0)
@@ -345,10 +349,12 @@ class TabCollector:
                     await self._give_up(record)
             for record in await self._blocking(lambda: self._storage.tickets((TicketState.DELIVERED,))):
                 # What cannot be opened when it is drawn would cost the bond, and the others their pay.
-                if _collected(record).ticket.ticket.deadline < now + self._limits.consent_seconds:
+                if _grant(record).ticket.ticket.deadline < now + self._limits.consent_seconds:
                     await self._give_up(record)
-            for batch in await self._blocking(lambda: self._storage.batches(BatchProgress.WANTED)):
-                await self._follow(batch, now, head_number)
+            if head_number != self._followed:
+                for batch in await self._blocking(lambda: self._storage.batches(BatchProgress.WANTED)):
+                    await self._follow(batch, now, head_number)
+                self._followed = head_number
             for batch in await self._blocking(lambda: self._storage.batches(BatchProgress.OFFERED)):
                 await self._gather(batch, now)
             await self._form(now)
@@ -554,12 +560,23 @@ class TabCollector:
         return self._terms
 
 
+def _grant(record: TicketRecord) -> tabs_pb2.TicketGrant:
+    """As it was stored; what is in it was checked then."""
+    return tabs_pb2.TicketGrant.FromString(record.grant)
+
+
 def _collected(record: TicketRecord) -> CollectedTicket:
     """A ticket with its results, as far as there are any."""
     if record.collected is not None:
         return CollectedTicket.from_message(tabs_pb2.CollectedTicket.FromString(record.collected))
-    return CollectedTicket(TicketGrant.from_message(tabs_pb2.TicketGrant.FromString(record.grant)).ticket)
+    return CollectedTicket(TicketGrant.from_message(_grant(record)).ticket)
 
 
 def _batch(record: BatchRecord) -> CollectedBatch:
-    return CollectedBatch.from_message(tabs_pb2.TicketBatch.FromString(record.message))
+    return _parsed_batch(record.message)
+
+
+@lru_cache(maxsize=_PARSED_BATCHES)
+def _parsed_batch(message: bytes) -> CollectedBatch:
+    """Of a stored message. Kept: a batch that waits is looked at after each block."""
+    return CollectedBatch.from_message(tabs_pb2.TicketBatch.FromString(message))

@@ -27,10 +27,9 @@ from bsns.chain.errors import (
     TransactionTimeoutError,
 )
 from bsns.chain.submitter import Submitter
-from bsns.protocol.commitments import sealed_sketch, stage_commitment
 from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.hand_over import Contradiction
-from bsns.protocol.identifiers import ZERO_HASH, RequestId
+from bsns.protocol.identifiers import ZERO_HASH
 from bsns.v1 import execution_pb2
 from node_client.chain_view import ChainView, VerificationView
 from node_client.errors import Refusal, SigningRefusedError, StorageError
@@ -388,10 +387,7 @@ class ChainDuties:
         return any(item.request == request_id for item in self._evidence.sealed_stages())
 
     def _commitment(self, request_id: bytes, round_: int, stage: int, result: StageResult) -> bytes:
-        sealed = sealed_sketch(result.sketch, result.salt)
-        return stage_commitment(
-            RequestId(request_id), round_, stage, self._node, result.evidence_root, sealed, result.output_tokens
-        )
+        return result.commitment(request_id, round_, stage, self._node)
 
     async def _send(self, request_id: bytes, function: str, *arguments: Any) -> None:
         try:

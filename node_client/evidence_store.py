@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bsns.protocol.commitments import EvidenceStep, StageEvidence
+from bsns.protocol.commitments import EvidenceStep, StageEvidence, sealed_sketch, stage_commitment
 from bsns.protocol.hand_over import Contradiction, Statement
-from bsns.protocol.identifiers import BYTES32
+from bsns.protocol.identifiers import BYTES32, RequestId
 from bsns.protocol.sampling import SamplingParameters
 from node_client.errors import StorageError, StorageFullError
 
@@ -99,6 +99,11 @@ class StageResult:
     sketch: bytes
     salt: bytes
     output_tokens: int
+
+    def commitment(self, request: bytes, round_: int, stage: int, node: str) -> bytes:
+        """OutputVerification.commitmentOf: what `node` commits to, in round 0 as the executor."""
+        sealed = sealed_sketch(self.sketch, self.salt)
+        return stage_commitment(RequestId(request), round_, stage, node, self.evidence_root, sealed, self.output_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ node is kept until no leaf of it can be opened any more. Does not collect: that 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 from eth_typing import ChecksumAddress
@@ -19,7 +19,6 @@ from eth_typing import ChecksumAddress
 from bsns.chain.errors import ContractError, TransactionFailedError
 from bsns.chain.signer import Signer
 from bsns.chain.submitter import Submitter
-from bsns.protocol.commitments import sealed_sketch, stage_commitment
 from bsns.protocol.contract_states import RequestStatus
 from bsns.protocol.identifiers import ZERO_HASH, ProtocolError, RequestId, address
 from bsns.protocol.tabs import (
@@ -43,6 +42,15 @@ TABS: Final = "RequestTabs"
 _REFUSAL_LENGTH: Final = 512
 
 
+class _Terms(NamedTuple):
+    """Of the contracts; windows in seconds."""
+
+    maximum_tokens: int
+    protocol_fee_bps: int
+    opening_window: int
+    longest_batch: int
+
+
 class TabDesk:
     """One node's tabs business."""
 
@@ -58,7 +66,7 @@ class TabDesk:
     ) -> None:
         self._settings, self._signer, self._domain = settings, signer, domains.tabs
         self._chain, self._submitter, self._evidence, self._guard = chain, submitter, evidence, guard
-        self._terms: tuple[int, int, int, int] | None = None
+        self._terms: _Terms | None = None
         for document in evidence.grants():
             self._remember(TicketGrant.from_message(tabs_pb2.TicketGrant.FromString(document)))
 
@@ -90,7 +98,7 @@ class TabDesk:
     async def _check_cover(self, grant: TicketGrant, publisher: ChecksumAddress, fee_per_token: int) -> None:
         """Refusal unless the tab holds the fee, and the leaf could be opened."""
         ticket = grant.ticket.ticket
-        most, _, _, _ = await self._terms_of()
+        most = (await self._terms_of()).maximum_tokens
         if not 0 < ticket.prompt_tokens <= most or not 0 < ticket.maximum_tokens <= most:
             raise Refusal(
                 ErrorReason.ERROR_REASON_NOT_COVERED, f"prompt and answer have 1 to {most} tokens each by the escrow"
@@ -144,21 +152,12 @@ class TabDesk:
             raise Refusal(
                 ErrorReason.ERROR_REASON_EVIDENCE_UNAVAILABLE, "the stage has not come to its end here; ask again"
             )
-        commitment = self._commitment(request_id, stage)
+        commitment = recorded.result.commitment(request_id, 0, stage, self._signer.address)
         await asyncio.to_thread(self._guard.permit, DutyKind.COMMITMENT, request_id, stage, 0, commitment)
         tokens = recorded.result.output_tokens
         digest = stage_result_digest(self._domain, RequestId(request_id), stage, commitment, tokens)
         return execution_pb2.GetStageResultResponse(
             commitment=commitment, output_tokens=tokens, signature=self._signer.sign_digest(digest)
-        )
-
-    def _commitment(self, request_id: bytes, stage: int) -> bytes:
-        recorded = self._evidence.sealed_stage(request_id, stage)
-        assert recorded is not None, "asked of sealed stages only"
-        result = recorded.result
-        sealed = sealed_sketch(result.sketch, result.salt)
-        return stage_commitment(
-            RequestId(request_id), 0, stage, self._signer.address, result.evidence_root, sealed, result.output_tokens
         )
 
     # -- batches
@@ -184,15 +183,17 @@ class TabDesk:
         plan = await self._chain.plan(batch.plan_id)
         if (address(plan.publisher), int(plan.feePerToken)) != (batch.collector, batch.fee_per_token):
             raise ProtocolError("collector or fee is not that of the plan")
-        _, protocol_fee_bps, _, _ = await self._terms_of()
-        await asyncio.to_thread(batch.check, self._domain, bytes(plan.root), protocol_fee_bps)
+        terms = await self._terms_of()
+        await asyncio.to_thread(batch.check, self._domain, bytes(plan.root), terms.protocol_fee_bps)
         for item in batch.tickets:
             request = item.ticket.ticket.request_id(self._domain)
             for stage, result in enumerate(item.results):
                 if result.served_by.assignment.node != self._signer.address:
                     continue
                 recorded = await asyncio.to_thread(self._evidence.sealed_stage, bytes(request), stage)
-                if recorded is None or result.commitment != self._commitment(request, stage):
+                if recorded is None or result.commitment != recorded.result.commitment(
+                    request, 0, stage, self._signer.address
+                ):
                     raise ProtocolError(
                         f"stage {stage} of request 0x{request.hex()} is not on record here as it stands"
                     )
@@ -211,10 +212,10 @@ class TabDesk:
         if state.status.is_over or (state.status is BatchStatus.ABSENT and head.timestamp > batch.deadline + patience):
             await asyncio.to_thread(self._end_batch, batch_id, batch, posted=state.status.is_over)
             return head.timestamp + patience
-        _, _, opening_window, _ = await self._terms_of()
+        terms = await self._terms_of()
         for call in due_calls(
             batch, self._domain, state, {}, now=head.timestamp, head_number=head.number,
-            opening_window=opening_window, patience=patience,
+            opening_window=terms.opening_window, patience=patience,
         ):  # fmt: skip
             try:
                 receipt = await self._submitter.submit(
@@ -242,16 +243,15 @@ class TabDesk:
         now = (await self._chain.head()).timestamp
         if await asyncio.to_thread(self._evidence.is_batch_over, request_id):
             return None
-        _, _, _, longest = await self._terms_of()
+        longest = (await self._terms_of()).longest_batch
         return None if now > deadline + longest else now + max(1, self._settings.batch_patience_seconds // 4)
 
-    async def _terms_of(self) -> tuple[int, int, int, int]:
-        """Most tokens, protocol fee in basis points, opening window and longest life of a batch in seconds."""
+    async def _terms_of(self) -> _Terms:
         if self._terms is None:
             call: Any = self._chain.client.call
             escrow, tabs = await call("InferenceEscrow", "terms"), await call(TABS, "terms")
             longest = int(await call(TABS, "longestBatch"))
-            self._terms = (
+            self._terms = _Terms(
                 int(escrow.maximumTokens), int(escrow.protocolFeeBps), int(tabs.openingWindow), longest
-            )  # fmt: skip
+            )
         return self._terms

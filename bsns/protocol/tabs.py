@@ -695,22 +695,24 @@ def due_calls(
 
     With `patience` seconds, only what somebody else has left undone for so long.
     """
-    shown = batch.as_tuple(domain)
+    # Asked again and again of batches of which nothing is due: only what is due builds the tree and its hashes.
     match state.status:
         case BatchStatus.POSTED:
             known = [secrets.get(item.secret_hash, ZERO_HASH) for item in batch.segments]
             complete = ZERO_HASH not in known
             if now > state.deadline + patience:
-                return (BatchCall("voidBatch", "voidBatch", (shown,)),)
+                return (BatchCall("voidBatch", "voidBatch", (batch.as_tuple(domain),)),)
             is_time = (complete and not patience) or now > state.secret_deadline + patience
             if head_number >= state.entropy_block and is_time and now <= state.deadline:
-                return (BatchCall(f"draw/{state.entropy_block}", "draw", (shown, known)),)
+                return (BatchCall(f"draw/{state.entropy_block}", "draw", (batch.as_tuple(domain), known)),)
         case BatchStatus.DRAWN if now > state.deadline + patience:
             over = "voidBatch" if state.pending else "settle"
-            return (BatchCall(over, over, (shown,)),)
+            return (BatchCall(over, over, (batch.as_tuple(domain),)),)
         case BatchStatus.DRAWN if now <= state.deadline and now > state.deadline - opening_window + patience:
-            tree = batch.tree(domain)
             leaves = dict.fromkeys(map(batch.leaf_at, state.pending_tokens))
+            if not leaves:
+                return ()
+            shown, tree = batch.as_tuple(domain), batch.tree(domain)
             return tuple(
                 BatchCall(f"openLeaf/{index}", "openLeaf", (shown, batch.opening(index), list(tree.path(index))))
                 for index in leaves

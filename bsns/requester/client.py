@@ -424,12 +424,7 @@ class Client:
     ) -> Answer:
         if wishes.within_s is not None:
             raise InvalidRequestError("on a tab the collector chooses the route: nodes can be avoided, not measured")
-        quote = await self._quote(given, sampling.maximum_tokens, tab.collector)
-        if fee_wei is not None and fee_wei < quote.fee_wei:
-            raise InvalidRequestError(
-                f"the quote is {quote.fee_wei} wei, more than the {fee_wei} you allow: allow more, or ask for "
-                "fewer tokens"
-            )
+        quote = await self._allowed(given, sampling.maximum_tokens, tab.collector, fee_wei)
         async with _chain_errors():
             entry = await tab.open(quote.plan_id, given, sampling, tuple(stop), wishes.avoid)
             on_progress(f"request 0x{entry.request_id.hex()}: ticket {entry.tab.number if entry.tab else 0} is taken")
@@ -467,9 +462,13 @@ class Client:
                     await tab.abandon(entry)
                 raise
         if entry.stage == "answered":
-            entry = await tab.pay(entry)
+            try:
+                entry = await tab.pay(entry)
+            except UnavailableError as error:
+                raise UnavailableError(
+                    f"{error}; the answer is kept, pay for it with `bsns requests --resume 0x{entry.request_id.hex()}`"
+                ) from error
         assert entry.tab is not None, "kept"
-        plan = await self.chain.call("ShardAssignments", "planOf", entry.plan_id)
         return Answer(
             text=entry.text,
             token_ids=entry.answer,
@@ -477,7 +476,7 @@ class Client:
             finish_reason=entry.finish_reason or "interrupted",
             status="Delivered" if entry.tab.delivered else "Abandoned",
             fee_wei=fee_wei,
-            charged=(entry.input.rows + len(entry.answer)) * int(plan.feePerToken) if entry.tab.delivered else 0,
+            charged=await tab.charge(entry) if entry.tab.delivered else 0,
             time_to_first_token_s=timing.first_token_s,
             tokens_per_second=timing.tokens_per_second,
             route=tuple(RouteNode(stage, item.node, item.endpoint) for stage, item in enumerate(route)),
@@ -510,15 +509,22 @@ class Client:
             on_progress("another plan took effect meanwhile: nothing was paid, quoting again")
         raise AssertionError("unreachable")
 
-    async def _affordable(
+    async def _allowed(
         self, given: RequestInput, maximum_tokens: int, publisher: str | None, fee_wei: int | None
     ) -> Quote:
+        """The quote; InvalidRequestError if it is more than `fee_wei`."""
         quote = await self._quote(given, maximum_tokens, publisher)
         if fee_wei is not None and fee_wei < quote.fee_wei:
             raise InvalidRequestError(
                 f"the quote is {quote.fee_wei} wei, more than the {fee_wei} you allow: allow more, or ask for "
                 "fewer tokens"
             )
+        return quote
+
+    async def _affordable(
+        self, given: RequestInput, maximum_tokens: int, publisher: str | None, fee_wei: int | None
+    ) -> Quote:
+        quote = await self._allowed(given, maximum_tokens, publisher, fee_wei)
         async with _chain_errors():
             funds = await self.chain.balance(self.address)
         if funds < quote.fee_wei:

@@ -17,20 +17,12 @@ import grpc.aio
 from bsns.protocol.endpoints import is_loopback
 from bsns.protocol.identifiers import RequestId
 from bsns.protocol.tabs import SignedTicket, StageResult, Voucher
-from bsns.requester.errors import InvalidRequestError, RequesterError, UnavailableError
+from bsns.requester.errors import InvalidRequestError, TicketRefusedError, UnavailableError
 from bsns.requester.node_connection import CHANNEL_OPTIONS, explain_refusal
 from bsns.v1 import tabs_pb2, tabs_pb2_grpc
 
 CALL_SECONDS: Final = 30.0
 _T = TypeVar("_T")
-
-
-class TicketRefusedError(RequesterError):
-    """The collector refused a ticket or what belongs to it. `reason` is the name of an ErrorReason."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        self.reason = reason
-        super().__init__(message)
 
 
 class CollectorConnection:
@@ -91,5 +83,5 @@ class CollectorConnection:
             if reason.startswith("ERROR_REASON_") and error.code() is not grpc.StatusCode.UNAVAILABLE:
                 raise TicketRefusedError(f"the collector refused: {detail}", reason) from error
             raise UnavailableError(
-                f"the collector at {self._endpoint} cannot be asked ({detail}): try again, or ask without a tab"
+                f"the collector at {self._endpoint} cannot be asked ({detail}): try again later"
             ) from error

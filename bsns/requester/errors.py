@@ -6,7 +6,7 @@ RequesterError
 ├── UnavailableError        no chain, no active plan, or not in time: try again later
 ├── InsufficientFundsError  the account cannot pay the deposit, or the gas of a transaction
 ├── ChainRefusedError       the contracts refused a transaction
-├── TicketRefusedError      the collector of a tab refused (bsns.requester.collector)
+├── TicketRefusedError      the collector of a tab refused a ticket, or what belongs to one
 ├── RefundNotDueError       the deposit is still in use; `seconds_left` until it can be taken back
 └── NotServedError          paid, but not answered: the deposit can be taken back
     └── AnswerInvalidError  what came back is not what the nodes signed
@@ -42,6 +42,14 @@ class ChainRefusedError(RequesterError):
 
     def __init__(self, message: str, error_name: str) -> None:
         self.error_name = error_name
+        super().__init__(message)
+
+
+class TicketRefusedError(RequesterError):
+    """The collector refused a ticket or what belongs to it. `reason` is the name of an ErrorReason."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        self.reason = reason
         super().__init__(message)
 
 

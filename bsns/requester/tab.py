@@ -2,9 +2,10 @@
 (contracts/RequestTabs.sol).
 
 Owns tickets and vouchers: a ticket is on disk before the collector sees it, and a voucher's secret before the voucher
-is signed. Promises never to promise more than what was received, by its own books and its own signatures, whatever a
-collector says; and to show a secret only when its batch is on the chain, where the collector cannot choose the batch by
-it any more. Serving is `bsns.requester.client`'s.
+is signed. Promises never to promise more than what was received, by the chain and its own signatures, whatever a
+collector says; that a voucher which may have arrived is sent again and not signed anew; and to show a secret only when
+its batch is on the chain, where the collector cannot choose the batch by it any more. Serving is
+`bsns.requester.client`'s.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from bsns.protocol.tabs import (
     abandonment_digest,
     wei_of,
 )
-from bsns.requester.collector import CollectorConnection, TicketRefusedError
-from bsns.requester.errors import InvalidRequestError, UnavailableError
+from bsns.requester.collector import CollectorConnection
+from bsns.requester.errors import InvalidRequestError, TicketRefusedError, UnavailableError
 from bsns.requester.journal import Journal, JournalEntry, TabEntry
 from bsns.requester.request_input import RequestInput
 from bsns.requester.settlement import Settlement
@@ -60,8 +61,8 @@ _SEGMENTS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class TabStanding:
-    """Wei, by the chain: what the tab holds, what was collected so far, what void batches and challenges owe; and by
-    the collector what is not on the chain yet. `closes_at`: Unix seconds, 0 while it is open.
+    """Wei, by the chain: what the tab holds, what was collected so far; and by the collector what is not on the chain
+    yet. `closes_at`: Unix seconds, 0 while it is open.
     """
 
     requester: str
@@ -135,21 +136,18 @@ class Tab:
 
     async def withdraw(self) -> tuple[int, Mapping[str, str]]:
         """Take out what the closed tab holds and what the contract owes besides; wei, and the transactions."""
-        amount, transactions = 0, {}
-        held, owed = int((await self._on_chain()).balance), await self._owed()
+        held = int((await self._on_chain()).balance)
+        owed = int(await self._chain.call(TABS, "creditOf", self._signer.address))
         if not held and not owed:
             raise InvalidRequestError(f"neither the tab with {self.collector} nor the contract owes anything")
-        if held:
-            transactions["withdraw_tab"] = _shown(await self._submitter.submit(TABS, "withdrawTab", self.collector))
-            amount += held
+        transactions = {}
+        # What is owed is due in any case, what the tab holds only once it is closed.
         if owed:
             receipt = await self._submitter.submit(TABS, "withdrawCredit", self._signer.address)
             transactions["withdraw_credit"] = _shown(receipt)
-            amount += owed
-        return amount, transactions
-
-    async def _owed(self) -> int:
-        return int(await self._chain.call(TABS, "creditOf", self._signer.address))
+        if held:
+            transactions["withdraw_tab"] = _shown(await self._submitter.submit(TABS, "withdrawTab", self.collector))
+        return held + owed, transactions
 
     async def _on_chain(self) -> Any:
         return await self._chain.call(TABS, "tabOf", self._signer.address, self.collector)
@@ -239,49 +237,65 @@ class Tab:
         )  # fmt: skip
         return SignedTicket(ticket, self._signer.sign_digest(ticket.request_id(self.domain)))
 
+    async def charge(self, entry: JournalEntry) -> int:
+        """Wei that the answer of an entry costs."""
+        plan = await self._chain.call("ShardAssignments", "planOf", entry.plan_id)
+        return (entry.input.rows + len(entry.answer)) * int(plan.feePerToken)
+
     async def pay(self, entry: JournalEntry) -> JournalEntry:
         """Promise what an answer costs, with what its nodes signed for it."""
         assert entry.tab is not None, "asked of entries with a tab only"
-        results = [StageResult.from_message(tabs_pb2.StageResult.FromString(item)) for item in entry.tab.results]
-        plan = await self._chain.call("ShardAssignments", "planOf", entry.plan_id)
-        charge = (entry.input.rows + len(entry.answer)) * int(plan.feePerToken)
+        results = _results(entry.tab)
         for attempt in range(ATTEMPTS):
             async with self._lock:
-                tab = dataclasses.replace(
-                    entry.tab, voucher_secret=secrets.token_bytes(32), cumulative=await self._promised() + charge
-                )
-                entry = self._save(dataclasses.replace(entry, tab=tab))
-                voucher = Voucher(
-                    address(self._signer.address), self.collector, tab.cumulative, secret_hash(tab.voucher_secret)
-                )
-                voucher = dataclasses.replace(voucher, signature=self._signer.sign_digest(voucher.digest(self.domain)))
+                entry = await self._with_voucher(entry, anew=attempt > 0)
                 try:
-                    await self._connected.deliver(entry.request_id, results, voucher)
-                    tab = dataclasses.replace(tab, delivered=True)
-                    return self._save(dataclasses.replace(entry, stage="concluded", tab=tab))
+                    await self._connected.deliver(entry.request_id, results, self._voucher(entry))
                 except TicketRefusedError as error:
                     # Another process of this requester may have promised something in between.
                     if error.reason != "ERROR_REASON_NOT_COVERED" or attempt == ATTEMPTS - 1:
                         raise
+                    continue
+                assert entry.tab is not None, "kept"
+                tab = dataclasses.replace(entry.tab, delivered=True)
+                return self._save(dataclasses.replace(entry, stage="concluded", tab=tab))
         raise AssertionError("unreachable")
 
-    async def _promised(self) -> int:
-        """Cumulative wei of the newest voucher: by the chain, this folder, and what the collector shows of this key's
-        own signatures.
+    async def _with_voucher(self, entry: JournalEntry, *, anew: bool) -> JournalEntry:
+        """The entry with what its voucher says. One that was made is kept, unless the collector refused it: it may have
+        arrived, and another one on top would promise the answer twice.
         """
-        known = int((await self._on_chain()).collected)
-        own = (item.tab for item in self._journal.entries() if item.tab is not None)
-        known = max([known, *(tab.cumulative for tab in own if tab.collector == self.collector and tab.delivered)])
+        assert entry.tab is not None, "asked of entries with a tab only"
+        if entry.tab.voucher_secret and not anew:
+            return entry
+        cumulative = await self._promised() + await self.charge(entry)
+        tab = dataclasses.replace(entry.tab, voucher_secret=secrets.token_bytes(32), cumulative=cumulative)
+        return self._save(dataclasses.replace(entry, tab=tab))
+
+    def _voucher(self, entry: JournalEntry) -> Voucher:
+        assert entry.tab is not None, "made with one"
+        promise = Voucher(
+            address(self._signer.address), self.collector, entry.tab.cumulative, secret_hash(entry.tab.voucher_secret)
+        )
+        return dataclasses.replace(promise, signature=self._signer.sign_digest(promise.digest(self.domain)))
+
+    async def _promised(self) -> int:
+        """Cumulative wei of the newest voucher: by the chain, and by what the collector shows of this key's own
+        signatures. A collector that shows none, or an older one, is promised less.
+        """
+        collected = int((await self._on_chain()).collected)
         told = await self._connected.tab(self._signer.address)
-        if told.HasField("newest_voucher"):
-            try:
-                voucher = Voucher.from_message(told.newest_voucher)
-            except ProtocolError:
-                return known
-            own_words = (voucher.requester, voucher.collector) == (self._signer.address, self.collector)
-            if own_words and voucher.is_signed(self.domain):
-                return max(known, voucher.cumulative)
-        return known
+        try:
+            newest = Voucher.from_message(told.newest_voucher) if told.HasField("newest_voucher") else None
+        except ProtocolError:
+            newest = None
+        if (
+            newest is None
+            or (newest.requester, newest.collector) != (self._signer.address, self.collector)
+            or not newest.is_signed(self.domain)
+        ):
+            return collected
+        return max(collected, newest.cumulative)
 
     async def abandon(self, entry: JournalEntry) -> None:
         """Give up a ticket that was not answered: it is not charged, and does not hold up those behind it."""
@@ -293,11 +307,13 @@ class Tab:
 
     async def show_secrets(self) -> int:
         """Hand over the secrets of vouchers whose batches are on the chain; how many the collector took."""
+        return await self._show(await self._posted())
+
+    async def _show(self, posted: list[_Posted]) -> int:
         told = await self._connected.tab(self._signer.address)
-        awaited = {bytes(item) for item in told.awaited_secret_hashes}
-        shown = [secret for key, secret in self._own_secrets().items() if key in awaited]
-        posted = {item.secret_hash for batch in await self._posted() for item in batch.segments}
-        shown = [secret for secret in shown if secret_hash(secret) in posted]
+        on_chain = {item.secret_hash for batch in posted for item in batch.segments}
+        wanted = on_chain.intersection(bytes(item) for item in told.awaited_secret_hashes)
+        shown = [secret for key, secret in self._own_secrets().items() if key in wanted] if wanted else []
         return await self._connected.show_secrets(shown) if shown else 0
 
     async def follow(self, seconds: float) -> int:
@@ -307,9 +323,10 @@ class Tab:
         """
         until = time.monotonic() + seconds
         while True:
-            await self.show_secrets()
+            posted = await self._posted()
+            await self._show(posted)
             waiting = 0
-            for batch in await self._posted():
+            for batch in posted:
                 state = PostedState.of(await self._chain.call(TABS, "batchOf", batch.batch_id))
                 if state.status is not BatchStatus.POSTED:
                     continue
@@ -334,8 +351,7 @@ class Tab:
                 mine = segment.requester == self._signer.address
                 if not mine or not segment.first_ticket <= number < segment.first_ticket + segment.tickets:
                     continue
-                results = (tabs_pb2.StageResult.FromString(item) for item in entry.tab.results)
-                ticket = CollectedTicket(self.signed_ticket(entry), tuple(map(StageResult.from_message, results)))
+                ticket = CollectedTicket(self.signed_ticket(entry), _results(entry.tab))
                 bond = int((await self._chain.call(TABS, "terms")).challengeBond)
                 # What was signed and the number say where it belongs: no way to the root is needed.
                 opening = ticket.opening(place)
@@ -403,6 +419,11 @@ class Tab:
     def _save(self, entry: JournalEntry) -> JournalEntry:
         self._journal.write(entry)
         return entry
+
+
+def _results(tab: TabEntry) -> tuple[StageResult, ...]:
+    """What the nodes signed, in stage order."""
+    return tuple(StageResult.from_message(tabs_pb2.StageResult.FromString(item)) for item in tab.results)
 
 
 def _unheard(*_: object) -> None:

@@ -42,7 +42,8 @@ from bsns.protocol.tabs import (
 )
 from bsns.protocol.typed_data import tabs_domain
 from bsns.requester.client import Client
-from bsns.requester.collector import CollectorConnection, TicketRefusedError
+from bsns.requester.collector import CollectorConnection
+from bsns.requester.errors import TicketRefusedError, UnavailableError
 from bsns.requester.journal import Journal
 from bsns.requester.tab import Tab
 from bsns.runtime.decoder_executor import StageExecutor
@@ -369,8 +370,29 @@ async def test_collector_takes_nothing_that_is_not_covered_signed_or_in_order(
             voucher = dataclasses.replace(voucher, signature=signer.sign_digest(voucher.digest(domain)))
             with pytest.raises(TicketRefusedError, match=r"not signed|plan|stage"):
                 await one.connection.deliver(first, results, voucher)
+            # An answer to the delivery that is lost: the same voucher is sent again, the answer is not promised twice.
+            deliver = one.connection.deliver
+
+            async def deliver_and_lose_the_answer(*given: Any) -> None:
+                await deliver(*given)
+                raise UnavailableError("the connection broke")
+
+            monkeypatch.setattr(one.connection, "deliver", deliver_and_lose_the_answer)
+            with pytest.raises(UnavailableError):
+                await one.ask(PROMPTS[0])
+            monkeypatch.setattr(one.connection, "deliver", deliver)
+            [lost] = [item for item in one.journal.entries() if item.stage == "answered"]
+            again = await one.client.resume_on_tab(one.tab, lost.request_id)
+            assert again.token_ids == answer.token_ids
+            paid = one.journal.read(lost.request_id).tab
+            assert paid is not None
+            assert lost.tab is not None
+            assert (paid.delivered, paid.cumulative) == (True, answer.charged + again.charged)
+            assert paid.voucher_secret == lost.tab.voucher_secret
+            newest = (await one.connection.tab(signer.address)).newest_voucher
+            assert int.from_bytes(newest.cumulative) == paid.cumulative
             await one.tab.close()
-            assert await refusal(signed(number=2)) == "NOT_COVERED", "the tab is closing"
+            assert await refusal(signed(number=3)) == "NOT_COVERED", "the tab is closing"
 
 
 @pytest.mark.timeout(300)

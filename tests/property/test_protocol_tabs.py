@@ -10,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bsns.chain.signer import KeySigner
+from bsns.protocol.commitments import secret_hash
 from bsns.protocol.identifiers import ProtocolError, abi_hash, address
 from bsns.protocol.merkle import MerkleTree
 from bsns.protocol.plan import Assignment
 from bsns.protocol.tabs import (
+    BatchStatus,
     CollectedBatch,
     CollectedTicket,
+    PostedState,
     RouteStage,
     Segment,
     SignedTicket,
@@ -23,6 +26,7 @@ from bsns.protocol.tabs import (
     SumTree,
     Ticket,
     drawn_tokens,
+    due_calls,
     shares_of,
     stage_result_digest,
 )
@@ -112,6 +116,14 @@ def test_draws_lie_in_the_segment_that_the_entropy_names(tokens: list[int], each
         assert one == two or one < tokens[0]
 
 
+def test_secret_moves_the_draws_of_its_segment() -> None:
+    segment = Segment(address(SIGNERS[0].address), 0, 1, 1_000, 0, b"\6" * 32)
+    without = drawn_tokens(b"\4" * 32, [segment], b"\7" * 32, {}, 100)
+    drawn = drawn_tokens(b"\4" * 32, [segment], b"\7" * 32, {b"\6" * 32: b"\5" * 32}, 100)
+    assert len(drawn) == len(without) == 10
+    assert sum(one != two for one, two in zip(drawn, without, strict=True)) > 5
+
+
 def test_batch_with_a_ticket_out_of_place_is_none() -> None:
     requester = address(REQUESTER.address)
     tickets = (served(0, 4, [1, 1, 1]), served(1, 5, [1, 1, 1]))
@@ -152,6 +164,39 @@ def test_batch_whose_ticket_lapses_before_it_must_be_posted_is_refused() -> None
             batch.check(DOMAIN, tree.root, 100)
     with pytest.raises(ProtocolError, match="shares"):
         replace(batch, deadline=10**9).check(DOMAIN, tree.root, 5_000)
+
+
+def test_what_is_due_of_a_batch_follows_from_its_state_and_the_time() -> None:
+    requester = address(REQUESTER.address)
+    tickets = (served(0, 4, [1, 1, 1]), served(1, 5, [1, 1, 1]))
+    segment = Segment(requester, 0, 2, 15, 100, secret_hash(b"\5" * 32))
+    batch = CollectedBatch(b"\1" * 32, requester, 7, 10**9, (segment,), shares_of(tickets, 7, 0), tickets)
+    posted = PostedState(BatchStatus.POSTED, 50, 200, 300, 0, ())
+    drawn = PostedState(BatchStatus.DRAWN, 50, 200, 400, 0b101, (1, 2, 9))
+
+    def due(state: PostedState, now: int, *, head: int = 60, shown: bool = False, patience: int = 0) -> list[str]:
+        secrets = {secret_hash(b"\5" * 32): b"\5" * 32} if shown else {}
+        calls = due_calls(
+            batch, DOMAIN, state, secrets, now=now, head_number=head, opening_window=100, patience=patience
+        )
+        return [call.key for call in calls]
+
+    assert due(posted, 100) == [], "a secret is awaited"
+    assert due(posted, 100, shown=True) == ["draw/50"]
+    assert due(posted, 100, shown=True, head=49) == [], "the entropy block is not there"
+    assert due(posted, 201) == ["draw/50"], "the wait is over"
+    assert due(posted, 201, patience=60) == due(posted, 100, shown=True, patience=60) == []
+    assert due(posted, 261, patience=60) == ["draw/50"]
+    assert due(posted, 301) == ["voidBatch"]
+    assert due(posted, 301, patience=60) == []
+    assert due(drawn, 320) == ["openLeaf/0", "openLeaf/1"], "the second draw is served"
+    assert due(drawn, 320, patience=60) == []
+    assert due(drawn, 361, patience=60) == ["openLeaf/0", "openLeaf/1"]
+    assert due(drawn, 401) == ["voidBatch"]
+    assert due(replace(drawn, pending=0), 320) == []
+    assert due(replace(drawn, pending=0), 401) == ["settle"]
+    for over in (BatchStatus.SETTLED, BatchStatus.VOID, BatchStatus.ABSENT):
+        assert due(replace(drawn, status=over), 401) == []
 
 
 def test_digests_are_those_of_eip_712_libraries() -> None:
