@@ -236,6 +236,8 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
                     await self._tabs.consent(attached.node, request.batch_consent)
                 except ProtocolError as error:
                     raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "SIGNATURE_INVALID", str(error)) from error
+                except StorageUnavailableError as error:
+                    raise _database_unavailable(error) from error
             case other:
                 raise Refusal(
                     grpc.StatusCode.INVALID_ARGUMENT,
@@ -281,10 +283,12 @@ class NodeCoordinationServicer(coordination_pb2_grpc.NodeCoordinationServicer):
         try:
             return await self._blocking(function)
         except StorageUnavailableError as error:
-            _log.error("database_unavailable", error=str(error))
-            raise Refusal(
-                grpc.StatusCode.UNAVAILABLE, "INTERNAL", "the coordinator's database is unavailable"
-            ) from error
+            raise _database_unavailable(error) from error
+
+
+def _database_unavailable(error: StorageUnavailableError) -> Refusal:
+    _log.error("database_unavailable", error=str(error))
+    return Refusal(grpc.StatusCode.UNAVAILABLE, "INTERNAL", "the coordinator's database is unavailable")
 
 
 def _only_links_changed(known: NodeMeasurements, measurements: NodeMeasurements) -> bool:

@@ -107,9 +107,10 @@ class TabCollector:
         self._terms: _Terms | None = None
         # One change at a time: numbers, and what a tab covers, are read before they are written.
         self._lock = asyncio.Lock()
-        # Nodes that were offered a batch and said no, with the reason; and those it was offered to.
+        # Nodes that were offered a batch and said no, with the reason; and those it was offered to, with when they had
+        # attached: who comes back may not have heard it.
         self._refusals: dict[bytes, dict[str, str]] = {}
-        self._offered: dict[bytes, set[str]] = {}
+        self._offered: dict[bytes, dict[str, float]] = {}
         # Block after which batches on the chain were looked at last: nothing about them changes without another.
         self._followed = -1
 
@@ -455,10 +456,12 @@ class TabCollector:
 
     def _tell(self, record: BatchRecord, batch: CollectedBatch) -> None:
         message = coordination_pb2.AttachResponse(batch=tabs_pb2.TicketBatch.FromString(record.message))
-        told = self._offered.setdefault(record.batch_id, set())
+        told, live = self._offered.setdefault(record.batch_id, {}), self._pool.live()
         for node, _ in batch.shares:
-            if node not in record.consents and node not in told and self._pool.tell(node, message):
-                told.add(node)
+            if node in record.consents or node not in live or told.get(node) == live[node].attached_at:
+                continue
+            if self._pool.tell(node, message):
+                told[node] = live[node].attached_at
 
     async def _gather(self, record: BatchRecord, now: int) -> None:
         """Post a batch that all have signed; leave out what a node does not sign for in time."""

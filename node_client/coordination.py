@@ -28,7 +28,7 @@ from bsns.runtime.executor import ExecutionError
 from bsns.runtime.profile import RuntimeProfile
 from bsns.v1 import coordination_pb2, coordination_pb2_grpc, tabs_pb2
 from node_client.chain_view import ChainView, SigningDomains
-from node_client.errors import Refusal
+from node_client.errors import Refusal, StorageError
 from node_client.link_probe import LinkProber, differ_materially
 from node_client.pace import scaled
 from node_client.peers import CHANNEL_OPTIONS
@@ -42,6 +42,8 @@ log = structlog.get_logger(__name__)
 _MAXIMUM_HEARTBEAT_SECONDS: Final = 60.0
 _MINIMUM_HEARTBEAT_SECONDS: Final = 0.05
 _MAXIMUM_MODELS: Final = 64
+# Looks at a batch while the chain or the disk does not answer; together half a minute.
+_BATCH_ATTEMPTS: Final = 5
 
 
 class Coordination:
@@ -259,7 +261,17 @@ class Coordination:
     async def _answer_batch(
         self, outbox: asyncio.Queue[coordination_pb2.AttachRequest], batch: tabs_pb2.TicketBatch
     ) -> None:
-        await outbox.put(coordination_pb2.AttachRequest(batch_consent=await self._tabs.consider(batch)))
+        for attempt in range(1, _BATCH_ATTEMPTS + 1):
+            try:
+                consent = await self._tabs.consider(batch)
+                break
+            except (ChainError, StorageError) as error:
+                # Not a reason to refuse: a refusal would cost all who served with this node their pay.
+                log.warning("batch_not_considered", attempt=attempt, detail=str(error))
+                await asyncio.sleep(self._settings.coordinator_backoff_seconds * 2**attempt)
+        else:
+            return
+        await outbox.put(coordination_pb2.AttachRequest(batch_consent=consent))
 
     async def consider(self, offer: coordination_pb2.PlanOffer) -> coordination_pb2.PlanConsent:
         """A signed consent, or PlanRefusedError, Refusal or ProtocolError with the reason."""
