@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,37 +18,28 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import structlog
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from bsns.chain.client import Web3ChainClient
 from bsns.chain.deployment import Terms, deploy
-from bsns.chain.errors import ChainError, ContractError, InsufficientFundsError, TransactionFailedError
 from bsns.planning import Objective
 from bsns.planning.published import plan_of_record
-from bsns.protocol.identifiers import PlanId, ProtocolError, model_id
+from bsns.protocol.identifiers import PlanId, model_id
 from bsns.protocol.planning_record import PlanningRecord
 from coordinator import service
+from coordinator.command_line import LogFormat, configure_logs, reported, say
 from coordinator.demo import DEFAULT_MODEL, DemoSettings, run_demo, run_devnet
-from coordinator.devnet import DevnetError
 from coordinator.dispatch import PlanPolicy
 from coordinator.dispatch.plan_publication import plannable, planning_record
-from coordinator.network_state import NetworkStateError
+from coordinator.gateway.cli import gateway_app
 from coordinator.settings import SettingsError, load_deployment, load_key, load_settings
 from coordinator.storage import (
     Storage,
-    StorageError,
-    StorageSettingsError,
-    StorageUnavailableError,
     TopologySnapshot,
     migrate,
 )
-
-EXIT_USAGE: Final = 2
-EXIT_REFUSED: Final = 3
-EXIT_UNAVAILABLE: Final = 4
 
 _HELP: Final = (
     "Deploy contracts, migrate the database, serve, and look at what is going on.\n\n"
@@ -68,13 +58,6 @@ class Network(StrEnum):
     DEVNET = "devnet"
 
 
-class LogFormat(StrEnum):
-    """How log lines look."""
-
-    JSON = "json"
-    CONSOLE = "console"
-
-
 _Rpc = Annotated[str | None, typer.Option("--rpc", help="JSON-RPC endpoint of the chain.")]
 _DeploymentFile = Annotated[Path | None, typer.Option("--deployment", help="Deployment file (JSON).")]
 _Database = Annotated[str | None, typer.Option("--database-url", help="sqlite:///file or postgresql://…")]
@@ -85,6 +68,9 @@ _Model = Annotated[
     str, typer.Option(envvar="BSNS_DEMO_MODEL", help="Model to serve, by the name `bsns.runtime.prepare` knows.")
 ]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+app.add_typer(gateway_app, name="gateway")
 
 
 @app.command()
@@ -109,8 +95,8 @@ def serve(
     log_format: Annotated[LogFormat | None, typer.Option(help="Default: console on a terminal, else JSON.")] = None,
 ) -> None:
     """Watch the chain, plan, route and close what is open, until SIGTERM."""
-    _configure_logs(log_format)
-    with _reported():
+    configure_logs(log_format)
+    with reported():
         settings = load_settings(
             config,
             rpc_url=rpc,
@@ -130,9 +116,9 @@ def serve(
             certificate_key_file=certificate_key_file,
         )
         if print_config:
-            _say(settings.shown())
+            say(settings.shown())
             return
-        asyncio.run(service.serve(settings, _say))
+        asyncio.run(service.serve(settings, say))
 
 
 @app.command("deploy")
@@ -148,7 +134,7 @@ def deploy_command(
     ] = None,
 ) -> None:
     """Create the five contracts and write the deployment file."""
-    with _reported():
+    with reported():
         if deployment.exists():
             raise SettingsError(f"{deployment} exists already: give another file, the old one names live contracts")
         signer = load_key(key_file, password_file=keystore_password_file)
@@ -164,7 +150,7 @@ def deploy_command(
             )
         )
         made.save(deployment)
-        _say(dataclasses.asdict(made))
+        say(dataclasses.asdict(made))
 
 
 @app.command("migrate")
@@ -173,9 +159,9 @@ def migrate_command(
     to: Annotated[str, typer.Option("--to", help='Revision, "head" or "base" (drops everything).')] = "head",
 ) -> None:
     """Bring the database's tables to a revision, up or down."""
-    with _reported():
+    with reported():
         migrate(database_url, to)
-        _say({"event": "migrated", "revision": to})
+        say({"event": "migrated", "revision": to})
 
 
 @app.command()
@@ -186,10 +172,10 @@ def status(
     as_json: _Json = False,
 ) -> None:
     """Head lag, nodes, plans, requests, intents. With --rpc and --deployment also the chain's head."""
-    with _reported():
+    with reported():
         content = asyncio.run(_status(database_url, rpc, deployment))
         if as_json:
-            _say(content)
+            say(content)
             return
         console = _console()
         console.print(f"block {content['cursor'] and content['cursor']['number']}, lag {content['head_lag_blocks']}")
@@ -217,7 +203,7 @@ def plan(
     as_json: _Json = False,
 ) -> None:
     """Compute the plan that stored measurements give, without publishing it: anyone who has them gets the same."""
-    with _reported():
+    with reported():
         model = service.load_manifests((manifest,))[0]
         with _storage(database_url) as storage:
             if measurements_hash is None:
@@ -248,7 +234,7 @@ def plan(
             ],
         }
         if as_json:
-            _say(content)
+            say(content)
             return
         console = _console()
         console.print(f"root {content['root']}")
@@ -272,13 +258,13 @@ def topology(
     as_json: _Json = False,
 ) -> None:
     """What the network of a model's nodes looked like: classes, clusters, and the longest bars of its diagrams."""
-    with _reported():
+    with reported():
         model = service.load_manifests((manifest,))[0]
         identity = model_id(model.manifest_hash, model.weight_root, len(model.units))
         with _storage(database_url) as storage:
             taken = storage.topologies(identity, limit)
         if as_json:
-            _say({"topologies": [_topology(item) for item in taken]})
+            say({"topologies": [_topology(item) for item in taken]})
             return
         table = Table("taken", "class", "nodes", "clusters", "mean hop", "longest bars of H0", "of H1")
         for item in taken:
@@ -300,7 +286,7 @@ def record(
     database_url: Annotated[str, typer.Option("--database-url", help="sqlite:///file or postgresql://…")],
 ) -> None:
     """Write a plan's planning record to standard output: what auditors need if it is too large to be announced."""
-    with _reported(), _storage(database_url) as storage:
+    with reported(), _storage(database_url) as storage:
         sys.stdout.buffer.write(_stored_record(storage, measurements_hash).to_bytes())
         sys.stdout.buffer.flush()
 
@@ -326,7 +312,7 @@ def demo_command(
     # An empty variable is one that was not set.
     shown = Path(image) if image else None
     settings = DemoSettings(model, prompt, shown, max_tokens, nodes, seed, output, keep)
-    with _reported():
+    with reported():
         asyncio.run(run_demo(settings, Console(stderr=True)))
 
 
@@ -337,7 +323,7 @@ def devnet_command(
     folder: Annotated[Path, typer.Option(help="Keys, databases and logs of the network.")] = Path("build/devnet"),
 ) -> None:
     """A local network that runs until Ctrl-C: chain, contracts, coordinator, nodes."""
-    with _reported():
+    with reported():
         asyncio.run(run_devnet(folder, nodes, model, Console(stderr=True)))
 
 
@@ -406,51 +392,6 @@ def _terms(network: Network, changes: Path | None) -> Terms:
         )
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise SettingsError(f"{changes} does not hold terms: {error}") from error
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Every expected error becomes one line and an exit code."""
-    try:
-        yield
-    except* (SettingsError, StorageSettingsError, ProtocolError) as group:
-        _fail(group, EXIT_USAGE)
-    except* (ContractError, TransactionFailedError, InsufficientFundsError) as group:
-        _fail(group, EXIT_REFUSED)
-    except* (ChainError, StorageUnavailableError) as group:
-        _fail(group, EXIT_UNAVAILABLE)
-    except* (StorageError, NetworkStateError, DevnetError) as group:
-        _fail(group, EXIT_REFUSED)
-
-
-def _fail(group: BaseExceptionGroup[Exception], code: int) -> None:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    typer.echo(f"bsns-coordinator: {error}", err=True)
-    sys.exit(code)
-
-
-def _say(content: dict[str, Any]) -> None:
-    """One JSON document on standard output, at once: whoever started us waits for it."""
-    typer.echo(json.dumps(content))
-    sys.stdout.flush()
-
-
-def _configure_logs(log_format: LogFormat | None) -> None:
-    console = log_format == LogFormat.CONSOLE or (log_format is None and sys.stderr.isatty())
-    renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 if __name__ == "__main__":

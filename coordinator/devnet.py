@@ -38,6 +38,7 @@ DEVNET_SCRYPT_COST = 2**12  # worthless keys: the four keystores must not cost t
 DEVNET_PROFILE_S = 0.3  # all nodes measure at once on one machine: longer is not truer here
 # On a network of one person hardly anybody else comes to share a batch.
 DEVNET_BATCH_S = 10
+DEVNET_CONFIRMATIONS = 2
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
 LOG_TAIL_LINES = 25
@@ -143,6 +144,7 @@ class Devnet:
         self._node_command = node_command
         self._anvil: ManagedProcess | None = None
         self._coordinator: ManagedProcess | None = None
+        self._gateway: ManagedProcess | None = None
         self._rpc_port = 0
 
     @property
@@ -162,6 +164,12 @@ class Devnet:
         if self._coordinator is None:
             raise DevnetError("the coordinator is not started")
         return self._coordinator
+
+    @property
+    def gateway(self) -> ManagedProcess:
+        if self._gateway is None:
+            raise DevnetError("the gateway is not started")
+        return self._gateway
 
     async def __aenter__(self) -> Devnet:
         try:
@@ -236,6 +244,34 @@ class Devnet:
         ]
         self._coordinator = await self._spawn("coordinator", command, wait_ready=True)
         return self._coordinator
+
+    async def start_gateway(self, *options: str) -> ManagedProcess:
+        """Start the gateway (again, with the same accounts, after it was killed); a plan must be in effect."""
+        before = self._gateway
+        port = free_port() if before is None else int(before.ready["url"].rsplit(":", 1)[1])
+        await self.fund_key("gateway")
+        command = [
+            *(sys.executable, "-m", "coordinator.cli", "gateway", "serve"),
+            *("--rpc", self.rpc_url),
+            *("--deployment", str(self.deployment_file)),
+            *("--database-url", self.database_url),
+            *("--listen", f"127.0.0.1:{port}"),
+            *("--key-file", str(self.folder / "keys" / "gateway.key")),
+            *("--state-dir", str(self.folder / "gateway")),
+            *("--model-folder", str(self.manifest.parent)),
+            *("--coordinator", str(self.coordinator.ready["endpoint"])),
+            *("--publisher", str(self.coordinator.ready["publisher"])),
+            *options,
+        ]
+        self._gateway = await self._spawn("gateway", command, wait_ready=True)
+        return self._gateway
+
+    async def fund_key(self, name: str, wei: int = ACCOUNT_WEI) -> KeySigner:
+        """A key of the network's folder whose account holds `wei`."""
+        signer = self._new_key(name)
+        async with aiohttp.ClientSession() as session:
+            await self._rpc(session, "anvil_setBalance", [signer.address, hex(wei)])
+        return signer
 
     async def _start(self) -> None:
         for name in ("keys", "logs"):
@@ -333,6 +369,9 @@ class Devnet:
             "BSNS_NODE_PASSWORD": "devnet",
             "BSNS_NODE_KEYSTORE_SCRYPT_COST": str(DEVNET_SCRYPT_COST),
             "BSNS_NODE_PROFILE_SECONDS": str(DEVNET_PROFILE_S),
+            "BSNS_GATEWAY_DEPOSIT_CONFIRMATIONS": os.environ.get(
+                "BSNS_GATEWAY_DEPOSIT_CONFIRMATIONS", str(DEVNET_CONFIRMATIONS)
+            ),
             "BSNS_COORDINATOR_BATCH_SECONDS": os.environ.get("BSNS_COORDINATOR_BATCH_SECONDS", str(DEVNET_BATCH_S)),
         }
         with log.open("ab") as sink:

@@ -8,8 +8,9 @@ secret. Also reads the files that settings name, and says which setting is to bl
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -34,6 +35,7 @@ from coordinator.transaction_outbox import OutboxLimits
 CONFIG_FILE_VARIABLE: Final = "BSNS_COORDINATOR_CONFIG_FILE"
 KIB: Final = 1024
 _MAXIMUM_UINT128: Final = 2**128 - 1
+_S = TypeVar("_S", bound=BaseSettings)
 
 
 class SettingsError(Exception):
@@ -192,11 +194,7 @@ class CoordinatorSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
-        configured = os.environ.get(CONFIG_FILE_VARIABLE)
-        if configured:
-            sources.append(TomlConfigSettingsSource(settings_cls, Path(configured)))
-        return tuple(sources)
+        return with_toml_file(settings_cls, CONFIG_FILE_VARIABLE, init_settings, env_settings)
 
     def shown(self) -> dict[str, Any]:
         """The effective values for people: passwords masked, also the one inside a database URL."""
@@ -299,15 +297,20 @@ class CoordinatorSettings(BaseSettings):
 
 
 def load_settings(config: Path | None = None, **options: Any) -> CoordinatorSettings:
+    """Settings of the coordinator, see `loaded`."""
+    return loaded(CoordinatorSettings, CONFIG_FILE_VARIABLE, config, options)
+
+
+def loaded(kind: type[_S], config_file_variable: str, config: Path | None, options: Mapping[str, Any]) -> _S:
     """Settings from options (None: not given), environment and TOML file; SettingsError names each wrong one."""
     given = {name: value for name, value in options.items() if value is not None}
     if config is not None:
-        os.environ[CONFIG_FILE_VARIABLE] = str(config)
-    configured = os.environ.get(CONFIG_FILE_VARIABLE)
+        os.environ[config_file_variable] = str(config)
+    configured = os.environ.get(config_file_variable)
     if configured and not Path(configured).is_file():
         raise SettingsError(f"there is no settings file {configured}")
     try:
-        return CoordinatorSettings(**given)
+        return kind(**given)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}" for item in error.errors()
@@ -315,6 +318,14 @@ def load_settings(config: Path | None = None, **options: Any) -> CoordinatorSett
         raise SettingsError(f"settings cannot be used: {problems}") from error
     except (OSError, ValueError) as error:
         raise SettingsError(f"the settings file cannot be read: {error}") from error
+
+
+def with_toml_file(
+    kind: type[BaseSettings], variable: str, *sources: PydanticBaseSettingsSource
+) -> tuple[PydanticBaseSettingsSource, ...]:
+    """`sources`, and below them the TOML file that `variable` names, if it names one."""
+    configured = os.environ.get(variable)
+    return (*sources, TomlConfigSettingsSource(kind, Path(configured))) if configured else sources
 
 
 def load_key(path: Path, password: str | None = None, password_file: Path | None = None) -> KeySigner:

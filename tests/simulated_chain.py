@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from bsns.chain.client import Block, ChainEvent, Receipt
+from bsns.chain.client import Block, ChainEvent, Receipt, Transfer
 from bsns.chain.errors import ChainUnavailableError, ContractError, UnknownBlockError
 from bsns.protocol.identifiers import address, keccak256
 
@@ -280,6 +280,15 @@ class SimulatedChain:
                     return Receipt(
                         transaction_hash, content.block.number, content.block.hash, mined.succeeded, 21_000, ()
                     )
+        return None
+
+    async def transfer(self, transaction_hash: bytes) -> Transfer | None:
+        self._fault()
+        for content in self._chain:
+            for mined in content.transactions:
+                sent = mined.transaction
+                if sent.hash == transaction_hash:
+                    return Transfer(sent.sender, sent.function, sent.value, content.block.number, mined.succeeded)
         return None
 
     # ---------------------------------------------------------------------------------------------------------- inside

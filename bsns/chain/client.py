@@ -109,6 +109,17 @@ class Receipt:
     events: tuple[ChainEvent, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A mined transaction as money that went from `sender` to `recipient` (None: it created a contract)."""
+
+    sender: str
+    recipient: str | None
+    value: int
+    block_number: int
+    succeeded: bool
+
+
 class ChainClient(Protocol):
     """What the services need of a chain. Every method may raise ChainUnavailableError."""
 
@@ -163,6 +174,10 @@ class ChainClient(Protocol):
         ...
 
     async def receipt(self, transaction_hash: bytes) -> Receipt | None: ...
+
+    async def transfer(self, transaction_hash: bytes) -> Transfer | None:
+        """What a transaction moved, once it is mined; None before, and for a hash that nobody knows."""
+        ...
 
 
 class Web3ChainClient:
@@ -308,6 +323,16 @@ class Web3ChainClient:
             found["status"] == 1,
             int(found["gasUsed"]),
             self._decode(found["logs"]),
+        )
+
+    async def transfer(self, transaction_hash: bytes) -> Transfer | None:
+        try:
+            sent = await _guarded(self._web3.eth.get_transaction(HexBytes(transaction_hash)))
+            mined = await _guarded(self._web3.eth.get_transaction_receipt(HexBytes(transaction_hash)))
+        except UnknownBlockError:
+            return None
+        return Transfer(
+            str(sent["from"]), sent.get("to"), int(sent["value"]), int(mined["blockNumber"]), mined["status"] == 1
         )
 
     def _decode(self, logs: Any) -> tuple[ChainEvent, ...]:

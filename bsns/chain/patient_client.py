@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeVar
 
-from bsns.chain.client import Block, ChainClient, ChainEvent, Receipt
+from bsns.chain.client import Block, ChainClient, ChainEvent, Receipt, Transfer
 from bsns.chain.errors import ChainUnavailableError, InsufficientFundsError
 
 RETRY_INTERVAL_S: Final = 0.2
@@ -77,6 +77,9 @@ class PatientChainClient:
 
     async def receipt(self, transaction_hash: bytes) -> Receipt | None:
         return await self._patiently(lambda: self.client.receipt(transaction_hash))
+
+    async def transfer(self, transaction_hash: bytes) -> Transfer | None:
+        return await self._patiently(lambda: self.client.transfer(transaction_hash))
 
     async def _patiently(self, read: Callable[[], Awaitable[_Result]]) -> _Result:
         limit = time.monotonic() + self._patience_s

@@ -35,6 +35,7 @@ EVIDENCE_QUERY = "EvidenceQuery(bytes32 requestId,uint16 stage,uint256 deadline)
 ATTACH_PROOF = "AttachProof(address node,bytes32 challenge)"
 # Its own type, so that no challenge of a coordinator can be made to look like a proof to a peer.
 PEER_PROOF = "PeerProof(address node,address receiver,uint256 deadline)"
+ACCOUNT_KEY_REQUEST = "AccountKeyRequest(address account,string name,uint256 deadline)"
 MEASUREMENTS = "Measurements(bytes32 modelId,address node,bytes32 contentHash,uint64 measuredAt)"
 
 
@@ -74,6 +75,11 @@ def verification_domain(chain_id: int, verification: ChecksumAddress) -> Domain:
 def tabs_domain(chain_id: int, tabs: ChecksumAddress) -> Domain:
     """Domain of Ticket, StageResult, Voucher, Batch, TicketGrant and TicketAbandonment."""
     return Domain("bsns RequestTabs", chain_id, tabs)
+
+
+def gateway_domain(chain_id: int, gateway: ChecksumAddress) -> Domain:
+    """Domain of AccountKeyRequest; `gateway` is the account that a gateway takes deposits at."""
+    return Domain("bsns Gateway", chain_id, gateway)
 
 
 @lru_cache(maxsize=64)

@@ -56,6 +56,9 @@ class ChatTokenizer:
                 f"{TOKENIZER_FILE} in {folder} is broken: {error}; prepare the model again"
             ) from error
 
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self._control_texts = sorted((item.content for item in added if item.special), key=len, reverse=True)
+
     @property
     def vocabulary_size(self) -> int:
         """Number of tokens, special ones included."""
@@ -80,6 +83,14 @@ class ChatTokenizer:
     def prompt_token_ids(self, user_message: str) -> list[int]:
         """Token ids of a conversation with one user message."""
         return self.conversation_token_ids([{"role": "user", "content": user_message}])
+
+    def text_token_ids(self, text: str) -> list[int]:
+        """Token ids of a text as it is, without a conversation around it: the model goes on with it."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def control_text(self, text: str) -> str | None:
+        """The first control token that `text` spells out, such as `<|im_end|>`; None where it is nothing but text."""
+        return next((item for item in self._control_texts if item in text), None)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of an answer, special tokens left out."""

@@ -233,6 +233,10 @@ class _Timing:
 OnToken = Callable[[int, str], None]
 """Called with each token id and the text that it completes (often a word, sometimes nothing)."""
 OnProgress = Callable[[str], None]
+OnOpened = Callable[[bytes], None]
+"""Called with the id of a request once it is paid for, or its ticket is taken."""
+IsWanted = Callable[[], bool]
+"""Asked after each token; an answer that is not wanted any more ends there, and is paid for as far as it goes."""
 
 
 def _no_token(_token: int, _text: str) -> None:
@@ -241,6 +245,14 @@ def _no_token(_token: int, _text: str) -> None:
 
 def _no_progress(_text: str) -> None:
     return None
+
+
+def _not_told(_request_id: bytes) -> None:
+    return None
+
+
+def _wanted() -> bool:
+    return True
 
 
 class Client:
@@ -382,6 +394,8 @@ class Client:
         stop: Sequence[str] = (),
         on_token: OnToken = _no_token,
         on_progress: OnProgress = _no_progress,
+        on_opened: OnOpened = _not_told,
+        is_wanted: IsWanted = _wanted,
         fee_wei: int | None = None,
         publisher: str | None = None,
         wishes: RouteWishes = NO_WISHES,
@@ -403,13 +417,16 @@ class Client:
             sampling = SamplingParameters() if given.tokens else SamplingParameters(maximum_tokens=1)
         self._check_stop(stop)
         if tab is not None:
-            return await self._request_on_tab(tab, given, sampling, stop, fee_wei, wishes, on_token, on_progress)
+            return await self._request_on_tab(
+                tab, given, sampling, stop, fee_wei, wishes, on_token, on_progress, on_opened, is_wanted
+            )
         entry, receipt = await self._open(given, sampling, stop, publisher, fee_wei, wishes, on_progress)
         entry = self._save(entry.with_transaction("open", receipt.transaction_hash, stage="opened"))
         logger.info(
             "request opened", request_id=entry.request_id.hex(), fee_wei=entry.deposit, prompt_tokens=given.rows
         )
-        return await self._carry_on(entry, on_token, on_progress, wait_for_settlement)
+        on_opened(entry.request_id)
+        return await self._carry_on(entry, on_token, on_progress, wait_for_settlement, is_wanted)
 
     async def _request_on_tab(
         self,
@@ -421,6 +438,8 @@ class Client:
         wishes: RouteWishes,
         on_token: OnToken,
         on_progress: OnProgress,
+        on_opened: OnOpened,
+        is_wanted: IsWanted,
     ) -> Answer:
         if wishes.within_s is not None:
             raise InvalidRequestError("on a tab the collector chooses the route: nodes can be avoided, not measured")
@@ -428,7 +447,8 @@ class Client:
         async with _chain_errors():
             entry = await tab.open(quote.plan_id, given, sampling, tuple(stop), wishes.avoid)
             on_progress(f"request 0x{entry.request_id.hex()}: ticket {entry.tab.number if entry.tab else 0} is taken")
-            return await self._carry_on_tab(tab, entry, on_token, on_progress, quote.fee_wei)
+            on_opened(entry.request_id)
+            return await self._carry_on_tab(tab, entry, on_token, on_progress, quote.fee_wei, is_wanted)
 
     async def resume_on_tab(
         self, tab: Tab, request_id: bytes, *, on_token: OnToken = _no_token, on_progress: OnProgress = _no_progress
@@ -441,7 +461,13 @@ class Client:
             return await self._carry_on_tab(tab, entry, on_token, on_progress, 0)
 
     async def _carry_on_tab(
-        self, tab: Tab, entry: JournalEntry, on_token: OnToken, on_progress: OnProgress, fee_wei: int
+        self,
+        tab: Tab,
+        entry: JournalEntry,
+        on_token: OnToken,
+        on_progress: OnProgress,
+        fee_wei: int,
+        is_wanted: IsWanted = _wanted,
     ) -> Answer:
         assert entry.tab is not None, "opened on a tab"
         stages = [RouteStage.from_message(tabs_pb2.RouteStage.FromString(item)) for item in entry.tab.route]
@@ -455,7 +481,7 @@ class Client:
             head = await self.chain.head()
             standing = Standing(RequestStatus.ROUTED, entry.tab.deadline, 0, head.timestamp)
             try:
-                entry = await self._serve(entry, route, standing, on_token, on_progress, timing, tab)
+                entry = await self._serve(entry, route, standing, on_token, on_progress, timing, is_wanted, tab)
             except NotServedError:
                 # The collector gives it up by itself after a while.
                 with suppress(RequesterError):
@@ -766,7 +792,12 @@ class Client:
     # ------------------------------------------------------------------------------------------------------ one request
 
     async def _carry_on(
-        self, entry: JournalEntry, on_token: OnToken, on_progress: OnProgress, wait_for_settlement: bool
+        self,
+        entry: JournalEntry,
+        on_token: OnToken,
+        on_progress: OnProgress,
+        wait_for_settlement: bool,
+        is_wanted: IsWanted = _wanted,
     ) -> Answer:
         """Bring an opened request as far as it goes from wherever it is."""
         settlement = self._settlement(entry, on_progress)
@@ -781,7 +812,7 @@ class Client:
                 raise self._not_served(entry, "nobody routed or served it in time", standing)
             route = await self._route(entry)
             if standing.status == RequestStatus.ROUTED and entry.stage == "opened":
-                entry = await self._serve(entry, route, standing, on_token, on_progress, timing)
+                entry = await self._serve(entry, route, standing, on_token, on_progress, timing, is_wanted)
             if standing.status == RequestStatus.ROUTED:
                 on_progress("waiting for the nodes' commitments")
                 standing = await self._await_commitments(entry, route, settlement, on_progress)
@@ -826,6 +857,7 @@ class Client:
         on_token: OnToken,
         on_progress: OnProgress,
         timing: _Timing,
+        is_wanted: IsWanted,
         tab: Tab | None = None,
     ) -> JournalEntry:
         """Stream the answer; the journal holds it when this returns."""
@@ -836,12 +868,14 @@ class Client:
                 on_progress(f"opening the session at {len(route)} nodes")
                 await session.open()
                 timing.sent_at = time.monotonic()
+                is_closing = False
                 async for token in session.stream():
                     timing.mark()
-                    was_stopped = decoder is not None and decoder.stopped_by is not None
                     pieces.append(decoder.push(token) if decoder is not None else "")
                     on_token(token, pieces[-1])
-                    if decoder is not None and decoder.stopped_by is not None and not was_stopped:
+                    is_stopped = decoder is not None and decoder.stopped_by is not None
+                    if not is_closing and (is_stopped or not is_wanted()):
+                        is_closing = True
                         await session.close()
                 finish_reason = session.finish_reason
                 tokens, drafts = session.tokens, session.drafts

@@ -25,6 +25,7 @@ TYPES: dict[str, tuple[typed_data.Domain, str]] = {
     "SessionToken": (typed_data.escrow_domain(31337, CONTRACT), typed_data.SESSION_TOKEN),
     "StageReplacement": (typed_data.escrow_domain(31337, CONTRACT), typed_data.STAGE_REPLACEMENT),
     "HandOver": (typed_data.verification_domain(31337, CONTRACT), typed_data.HAND_OVER),
+    "AccountKeyRequest": (typed_data.gateway_domain(31337, CONTRACT), typed_data.ACCOUNT_KEY_REQUEST),
     "EvidenceQuery": (typed_data.verification_domain(8453, CONTRACT), typed_data.EVIDENCE_QUERY),
 }
 

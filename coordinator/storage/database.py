@@ -83,7 +83,7 @@ _UINT256_DIGITS: Final = 78
 _PARSED_MEASUREMENTS: Final = 4_096
 _SQLITE_BUSY_TIMEOUT_S: Final = 10.0
 _POSTGRESQL_WRITER_LOCK: Final = 0x6273_6E73  # "bsns"
-_MIGRATIONS: Final = Path(__file__).resolve().parent.parent / "migrations"
+_MIGRATIONS: Final = Path(__file__).resolve().parents[2] / "migrations"
 # Blocks without events are only needed to find a common ancestor; older ones are dropped this many at a time.
 _PRUNE_EVERY_BLOCKS: Final = 512
 
@@ -496,7 +496,7 @@ class Storage:
     def require_current_schema(self) -> None:
         """Raise OutdatedSchemaError unless the tables are those of this release."""
         head = ScriptDirectory.from_config(_alembic_config(self._url)).get_current_head()
-        with self._read() as connection:
+        with self.reading() as connection:
             current = MigrationContext.configure(connection).get_current_revision()
         if current != head:
             raise OutdatedSchemaError(
@@ -541,7 +541,7 @@ class Storage:
         document = encode_values(
             {"chain_id": deployment.chain_id, "first_block": deployment.first_block, **deployment.contracts}
         )
-        with self._write() as connection:
+        with self.writing() as connection:
             row = connection.execute(select(_deployment)).mappings().first()
             if row is None:
                 connection.execute(insert(_deployment).values(id=1, chain_id=deployment.chain_id, document=document))
@@ -555,7 +555,7 @@ class Storage:
 
     def cursor(self) -> Block | None:
         """The last block that was stored, or None before the first."""
-        with self._read() as connection:
+        with self.reading() as connection:
             row = (
                 connection.execute(select(_blocks).join(_deployment, _deployment.c.cursor_hash == _blocks.c.hash))
                 .mappings()
@@ -565,7 +565,7 @@ class Storage:
 
     def block_at(self, number: int) -> Block | None:
         """The stored block of that number, if it was kept."""
-        with self._read() as connection:
+        with self.reading() as connection:
             row = connection.execute(select(_blocks).where(_blocks.c.number == number)).mappings().first()
         return None if row is None else _block(row)
 
@@ -575,7 +575,7 @@ class Storage:
         StorageError if the block does not follow the cursor; errors of network_state pass through and leave nothing.
         """
         touched: dict[AggregateKey, None] = {aggregate_of(item): None for item in events}
-        with self._write() as connection:
+        with self.writing() as connection:
             last = connection.execute(select(_deployment.c.cursor_number, _deployment.c.cursor_hash)).first()
             if last is None:
                 raise StorageError("the database is not bound to a deployment")
@@ -608,7 +608,7 @@ class Storage:
         Aggregates touched by orphaned events are folded again from their remaining events; intents whose transaction
         was mined above the ancestor are open again.
         """
-        with self._write() as connection:
+        with self.writing() as connection:
             kept = connection.execute(select(_blocks.c.hash).where(_blocks.c.number == ancestor)).first()
             if kept is None:
                 raise StorageError(f"block {ancestor} is not stored: it cannot be rolled back to")
@@ -646,13 +646,13 @@ class Storage:
 
     def history(self) -> list[tuple[ChainEvent, Block]]:
         """All canonical events in chain order with their blocks."""
-        with self._read() as connection:
+        with self.reading() as connection:
             return _history(connection)
 
     def network_state(self) -> NetworkState:
         """All stored aggregates."""
         found: dict[AggregateKey, Aggregate] = {}
-        with self._read() as connection:
+        with self.reading() as connection:
             for kind, table in _AGGREGATE_TABLES.items():
                 for row in connection.execute(select(table.c.key, table.c.document)):
                     found[kind, row.key] = decode_record(AGGREGATE_TYPES[kind], row.document)
@@ -684,7 +684,7 @@ class Storage:
             query = query.where(_plans.c.model_id == _hex(model))
         if publisher is not None:
             query = query.where(_plans.c.publisher == publisher)
-        with self._read() as connection:
+        with self.reading() as connection:
             return [decode_record(PlanState, row.document) for row in connection.execute(query)]
 
     def request(self, request: RequestId) -> RequestState | None:
@@ -699,7 +699,7 @@ class Storage:
             .order_by(_requests.c.opened_block, _requests.c.key)
             .limit(limit)
         )
-        with self._read() as connection:
+        with self.reading() as connection:
             return [decode_record(RequestState, row.document) for row in connection.execute(query)]
 
     def finished_requests(self, after: ChainPlace, limit: int) -> list[tuple[ChainPlace, RequestState]]:
@@ -712,7 +712,7 @@ class Storage:
             .order_by(_events.c.block_number, _events.c.log_index)
             .limit(limit)
         )
-        with self._read() as connection:
+        with self.reading() as connection:
             return [
                 ((row.block_number, row.log_index), decode_record(RequestState, row.document))
                 for row in connection.execute(query)
@@ -721,7 +721,7 @@ class Storage:
     def request_counts(self) -> dict[RequestStatus, int]:
         """Number of requests by status."""
         query = select(_requests.c.status, func.count()).group_by(_requests.c.status)
-        with self._read() as connection:
+        with self.reading() as connection:
             return {RequestStatus(status): count for status, count in connection.execute(query)}
 
     # -------------------------------------------------------------------------------------------------- measurements
@@ -737,7 +737,7 @@ class Storage:
             "message": measurements.to_message(signature).SerializeToString(deterministic=True).hex(),
         }
         same = (_measurements.c.model_id == values["model_id"]) & (_measurements.c.node == values["node"])
-        with self._write() as connection:
+        with self.writing() as connection:
             message = connection.scalar(select(_measurements.c.message).where(same))
             if message is None:
                 connection.execute(insert(_measurements).values(**values))
@@ -750,7 +750,7 @@ class Storage:
     def measurements(self, model: ModelId) -> dict[str, SignedMeasurements]:
         """The latest measurements for `model` by node, as the nodes signed them."""
         query = select(_measurements.c.message).where(_measurements.c.model_id == _hex(model))
-        with self._read() as connection:
+        with self.reading() as connection:
             found = [_parse_measurements(row.message) for row in connection.execute(query)]
         return {item.measurements.node: item for item in found}
 
@@ -758,14 +758,14 @@ class Storage:
         """Store what a plan is computed from; harmless to repeat."""
         values = {"hash": _hex(record.hash), "content": record.to_bytes()}
         same = select(_planning_records.c.hash).where(_planning_records.c.hash == values["hash"])
-        with self._write() as connection:
+        with self.writing() as connection:
             if connection.scalar(same) is None:
                 connection.execute(insert(_planning_records).values(**values))
 
     def planning_record(self, record_hash: bytes) -> PlanningRecord | None:
         """What a plan was computed from, by the plan's measurementsHash."""
         query = select(_planning_records.c.content).where(_planning_records.c.hash == _hex(record_hash))
-        with self._read() as connection:
+        with self.reading() as connection:
             content = connection.scalar(query)
         return None if content is None else PlanningRecord.from_bytes(bytes(content))
 
@@ -773,7 +773,7 @@ class Storage:
         """Store a snapshot; of its model the newest `keep` stay."""
         model = _hex(taken.model)
         mine = _topologies.c.model_id == model
-        with self._write() as connection:
+        with self.writing() as connection:
             connection.execute(
                 insert(_topologies).values(
                     model_id=model,
@@ -800,7 +800,7 @@ class Storage:
             .order_by(_topologies.c.sequence.desc())
             .limit(limit)
         )
-        with self._read() as connection:
+        with self.reading() as connection:
             return [
                 TopologySnapshot(model, row.taken_at, row.class_number, Snapshot.from_json(row.snapshot))
                 for row in connection.execute(query)
@@ -819,7 +819,7 @@ class Storage:
             .order_by(_topologies.c.sequence.desc())
             .limit(limit)
         )
-        with self._read() as connection:
+        with self.reading() as connection:
             return [(row.class_number, Snapshot.from_json(row.snapshot)) for row in connection.execute(query)]
 
     # ---------------------------------------------------------------------------------------------------------- tabs
@@ -827,7 +827,7 @@ class Storage:
     def keep_ticket(self, record: TicketRecord) -> bool:
         """Store a ticket that was taken; False if its request or its number is there."""
         same = (_tab_tickets.c.requester == record.requester) & (_tab_tickets.c.number == record.number)
-        with self._write() as connection:
+        with self.writing() as connection:
             if connection.scalar(select(_tab_tickets.c.request_id).where(same)) is not None:
                 return False
             connection.execute(insert(_tab_tickets).values(**_ticket_row(record)))
@@ -836,13 +836,13 @@ class Storage:
     def change_ticket(self, record: TicketRecord) -> None:
         """Store what has become of a ticket."""
         row = _ticket_row(record)
-        with self._write() as connection:
+        with self.writing() as connection:
             same = _tab_tickets.c.request_id == row.pop("request_id")
             connection.execute(update(_tab_tickets).where(same).values(**row))
 
     def ticket(self, request: RequestId) -> TicketRecord | None:
         query = select(_tab_tickets).where(_tab_tickets.c.request_id == _hex(request))
-        with self._read() as connection:
+        with self.reading() as connection:
             row = connection.execute(query).mappings().first()
         return None if row is None else _ticket_record(row)
 
@@ -855,21 +855,21 @@ class Storage:
             query = query.where(_tab_tickets.c.requester == requester)
         if batch is not None:
             query = query.where(_tab_tickets.c.batch_id == _hex(batch))
-        with self._read() as connection:
+        with self.reading() as connection:
             rows = connection.execute(query.order_by(_tab_tickets.c.requester, _tab_tickets.c.number)).mappings().all()
         return [_ticket_record(row) for row in rows]
 
     def last_ticket_number(self, requester: str) -> int | None:
         """The highest number taken of a requester."""
         query = select(func.max(_tab_tickets.c.number)).where(_tab_tickets.c.requester == requester)
-        with self._read() as connection:
+        with self.reading() as connection:
             found = connection.scalar(query)
         return None if found is None else int(found)
 
     def deliver(self, ticket: TicketRecord, voucher: VoucherRecord) -> None:
         """Store a ticket's results with the voucher that pays for them, both or neither."""
         row = _ticket_row(ticket)
-        with self._write() as connection:
+        with self.writing() as connection:
             same = _tab_tickets.c.request_id == row.pop("request_id")
             connection.execute(update(_tab_tickets).where(same).values(**row))
             connection.execute(
@@ -884,27 +884,27 @@ class Storage:
     def vouchers(self, requester: str) -> list[VoucherRecord]:
         """A requester's vouchers, the smallest first."""
         query = select(_tab_vouchers).where(_tab_vouchers.c.requester == requester)
-        with self._read() as connection:
+        with self.reading() as connection:
             rows = connection.execute(query.order_by(_tab_vouchers.c.cumulative)).mappings().all()
         return [_voucher_record(row) for row in rows]
 
     def keep_secret(self, secret_hash: bytes, secret: bytes) -> bool:
         """Store a voucher's secret; False if there is no such voucher."""
-        with self._write() as connection:
+        with self.writing() as connection:
             same = _tab_vouchers.c.secret_hash == _hex(secret_hash)
             return connection.execute(update(_tab_vouchers).where(same).values(secret=_hex(secret))).rowcount > 0
 
     def secrets_of(self, batch: bytes) -> dict[bytes, bytes | None]:
         """Secrets of a batch's vouchers by their hashes; None of those that were not shown."""
         query = select(_tab_vouchers).where(_tab_vouchers.c.batch_id == _hex(batch))
-        with self._read() as connection:
+        with self.reading() as connection:
             found = [_voucher_record(row) for row in connection.execute(query).mappings()]
         return {item.secret_hash: item.secret for item in found}
 
     def keep_batch(self, record: BatchRecord, requests: Iterable[RequestId], vouchers: Iterable[bytes]) -> None:
         """Store a batch with the tickets and the vouchers (by the hashes of their secrets) that go into it."""
         batch = _hex(record.batch_id)
-        with self._write() as connection:
+        with self.writing() as connection:
             connection.execute(insert(_tab_batches).values(**_batch_row(record)))
             for request in requests:
                 connection.execute(
@@ -920,19 +920,19 @@ class Storage:
     def end_tickets(self, batch: bytes, now: int) -> None:
         """What a batch is charged for is charged: its tickets are over."""
         mine = (_tab_tickets.c.batch_id == _hex(batch)) & (_tab_tickets.c.state == str(TicketState.BATCHED))
-        with self._write() as connection:
+        with self.writing() as connection:
             connection.execute(update(_tab_tickets).where(mine).values(state=str(TicketState.OVER), changed_at=now))
 
     def change_batch(self, record: BatchRecord) -> None:
         """Store how far a batch has come."""
         row = _batch_row(record)
-        with self._write() as connection:
+        with self.writing() as connection:
             same = _tab_batches.c.batch_id == row.pop("batch_id")
             connection.execute(update(_tab_batches).where(same).values(**row))
 
     def dissolve_batch(self, batch: bytes, tickets: Iterable[TicketRecord]) -> None:
         """Forget a batch that was not posted; `tickets` are its tickets as they are to be now."""
-        with self._write() as connection:
+        with self.writing() as connection:
             connection.execute(delete(_tab_batches).where(_tab_batches.c.batch_id == _hex(batch)))
             connection.execute(
                 update(_tab_vouchers).where(_tab_vouchers.c.batch_id == _hex(batch)).values(batch_id=None)
@@ -945,7 +945,7 @@ class Storage:
     def batches(self, *states: BatchProgress) -> list[BatchRecord]:
         """Batches in one of `states`, the oldest first."""
         query = select(_tab_batches).where(_tab_batches.c.state.in_([str(state) for state in states]))
-        with self._read() as connection:
+        with self.reading() as connection:
             rows = connection.execute(query.order_by(_tab_batches.c.changed_at, _tab_batches.c.batch_id)).mappings()
             return [_batch_record(row) for row in rows.all()]
 
@@ -961,7 +961,7 @@ class Storage:
             "arguments": encode_values(intent.arguments),
             "value": uint256_text(intent.value),
         }
-        with self._write() as connection:
+        with self.writing() as connection:
             known = connection.execute(select(_intents).where(_intents.c.key == intent.key)).mappings().first()
             if known is None:
                 connection.execute(
@@ -995,7 +995,7 @@ class Storage:
         return False
 
     def intent(self, key: str) -> IntentRecord | None:
-        with self._read() as connection:
+        with self.reading() as connection:
             row = connection.execute(select(_intents).where(_intents.c.key == key)).mappings().first()
         return None if row is None else _intent_record(row)
 
@@ -1009,29 +1009,29 @@ class Storage:
         )
         if sender is not None:
             query = query.where(_intents.c.sender == sender)
-        with self._read() as connection:
+        with self.reading() as connection:
             return [_intent_record(row) for row in connection.execute(query).mappings()]
 
     def intent_counts(self) -> dict[IntentState, int]:
         query = select(_intents.c.state, func.count()).group_by(_intents.c.state)
-        with self._read() as connection:
+        with self.reading() as connection:
             return {IntentState(state): count for state, count in connection.execute(query)}
 
     def next_nonce(self, sender: str) -> int:
         """One more than the largest nonce ever signed for `sender`; 0 if there is none."""
-        with self._read() as connection:
+        with self.reading() as connection:
             largest = connection.scalar(select(func.max(_transactions.c.nonce)).where(_transactions.c.sender == sender))
         return 0 if largest is None else int(largest) + 1
 
     def has_nonce(self, sender: str, nonce: int) -> bool:
         """Whether an intent of `sender`, in any state, has this nonce."""
         query = select(_intents.c.sequence).where(_intents.c.sender == sender, _intents.c.nonce == nonce)
-        with self._read() as connection:
+        with self.reading() as connection:
             return connection.scalar(query) is not None
 
     def assign_transaction(self, sequence: int, transaction: SignedTransaction) -> None:
         """Give a wanted intent its nonce and its signed transaction, in one transaction, before any broadcast."""
-        with self._write() as connection:
+        with self.writing() as connection:
             row = connection.execute(select(_intents).where(_intents.c.sequence == sequence)).mappings().one()
             if row["state"] != IntentState.WANTED:
                 raise StorageError(f"intent {row['key']} is {row['state']}, not wanted: it has its transaction already")
@@ -1049,7 +1049,7 @@ class Storage:
 
     def add_replacement(self, sequence: int, transaction: SignedTransaction) -> None:
         """Another transaction for the same nonce, with higher fees, before its broadcast."""
-        with self._write() as connection:
+        with self.writing() as connection:
             row = connection.execute(select(_intents).where(_intents.c.sequence == sequence)).mappings().one()
             if row["nonce"] != transaction.nonce:
                 raise StorageError(f"intent {row['key']} has nonce {row['nonce']}, not {transaction.nonce}")
@@ -1067,11 +1067,11 @@ class Storage:
             .where(_transactions.c.intent_sequence == sequence, _transactions.c.nonce == nonce)
             .order_by(_transactions.c.signed_at, _transactions.c.hash)
         )
-        with self._read() as connection:
+        with self.reading() as connection:
             return [_transaction(row) for row in connection.execute(query).mappings()]
 
     def mark_sent(self, sequence: int, transaction_hash: bytes, now: float) -> None:
-        with self._write() as connection:
+        with self.writing() as connection:
             connection.execute(
                 update(_transactions).where(_transactions.c.hash == _hex(transaction_hash)).values(broadcast_at=now)
             )
@@ -1115,26 +1115,28 @@ class Storage:
     # -------------------------------------------------------------------------------------------------------- inside
 
     def _update_intent(self, sequence: int, **values: Any) -> None:
-        with self._write() as connection:
+        with self.writing() as connection:
             connection.execute(update(_intents).where(_intents.c.sequence == sequence).values(**values))
 
     def _all(self, table: Table, kind: type[_A]) -> list[_A]:
-        with self._read() as connection:
+        with self.reading() as connection:
             rows = connection.execute(select(table.c.document).order_by(table.c.key))
             return [decode_record(kind, row.document) for row in rows]
 
     def _one(self, table: Table, kind: type[_A], key: str) -> _A | None:
-        with self._read() as connection:
+        with self.reading() as connection:
             document = connection.scalar(select(table.c.document).where(table.c.key == key))
         return None if document is None else decode_record(kind, document)
 
     @contextmanager
-    def _read(self) -> Iterator[Connection]:
+    def reading(self) -> Iterator[Connection]:
+        """A connection for one look, whose errors are those of this package."""
         with _translated(), self._engine.connect() as connection:
             yield connection.execution_options(bsns_read_only=True)
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
+    def writing(self) -> Iterator[Connection]:
+        """One transaction: all of it, or nothing."""
         with _translated(), self._write_lock, self._engine.begin() as connection:
             yield connection
 
