@@ -121,6 +121,8 @@ class Treasury:
         for item in await asyncio.to_thread(self._book.open_withdrawals):
             async with self._sending:
                 await self._pay(item)
+        async with self._sending:
+            await self._close_gap()
 
     async def _pay(self, item: Withdrawal) -> None:
         if item.state is WithdrawalState.SIGNED:
@@ -143,6 +145,17 @@ class Treasury:
         raw = self._signer.sign_transaction(unsigned)
         await asyncio.to_thread(self._book.sign_withdrawal, item.withdrawal_id, nonce, raw, keccak256(raw))
         await self._send(raw)
+
+    async def _close_gap(self) -> None:
+        """Where a transaction of this key was forgotten by the chain, withdrawals behind it wait for its nonce: use it
+        up. Signing them anew would pay twice if it came back.
+        """
+        signed = [item.nonce for item in await asyncio.to_thread(self._book.open_withdrawals) if item.nonce is not None]
+        following = await self._chain.transaction_count(self.address)
+        if not signed or following >= min(signed):
+            return
+        nothing = await self._chain.prepare_transfer(self.address, 0, sender=self.address, nonce=following)
+        await self._send(self._signer.sign_transaction(nothing))
 
     async def _is_lost(self, item: Withdrawal) -> bool:
         """Whether another transaction used the nonce, and that for as many blocks as a deposit waits: the receipt of

@@ -472,7 +472,8 @@ def eventually(ask_again: Any, status: int, is_done: Any = lambda _body: True) -
 # --------------------------------------------------------------------------------------------- limits, crashes, the end
 
 
-def test_health_readiness_and_headers(network: GatewayNetwork) -> None:
+def test_health_readiness_and_headers(network: GatewayNetwork, client: openai.OpenAI) -> None:
+    ask(client, network.model, max_tokens=1)
     with network.http() as http:
         assert http.get("/healthz").json() == {"status": "alive"}
         ready = http.get("/readyz")
