@@ -7,6 +7,6 @@ and nothing of `bsns.requester`.
 
 from bsns.audit.errors import AuditError
 from bsns.audit.report import show
-from bsns.audit.verification import Check, deployment_of, export, verify, verify_bytes
+from bsns.audit.verification import Check, checks, deployment_of, export, verify, verify_bytes
 
-__all__ = ["AuditError", "Check", "deployment_of", "export", "show", "verify", "verify_bytes"]
+__all__ = ["AuditError", "Check", "checks", "deployment_of", "export", "show", "verify", "verify_bytes"]

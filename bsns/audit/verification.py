@@ -90,7 +90,17 @@ async def verify(record: VerificationRecord, client: ChainClient, deployment: De
     wiring is checked, so look at the domain that `show` prints. ChainUnavailableError if the chain does not answer:
     that says nothing about the record.
     """
-    return [*_apply_rules(record), *[check async for check in _against_chain(record, client, deployment)]]
+    return [check async for check in checks(record, client, deployment)]
+
+
+async def checks(
+    record: VerificationRecord, client: ChainClient, deployment: Deployment | None = None
+) -> AsyncIterator[Check]:
+    """The checks of `verify`, each as soon as it is done."""
+    for check in _apply_rules(record):
+        yield check
+    async for check in _against_chain(record, client, deployment):
+        yield check
 
 
 async def verify_bytes(data: bytes, client: ChainClient, deployment: Deployment | None = None) -> list[Check]:

@@ -42,11 +42,11 @@ from coordinator.storage.database import (
     TopologySnapshot,
     VoucherRecord,
     WrongDeploymentError,
-    metadata,
     migrate,
     migration_engine,
     uint256_text,
 )
+from coordinator.storage.tables import metadata
 
 __all__ = [
     "Account",

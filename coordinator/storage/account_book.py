@@ -33,7 +33,8 @@ from sqlalchemy import (
 )
 
 from bsns.protocol.identifiers import RequestId
-from coordinator.storage.database import Storage, StorageError, metadata, uint256_text
+from coordinator.storage.database import Storage, StorageError, uint256_text
+from coordinator.storage.tables import UINT256_DIGITS, metadata
 
 KEY_PREFIX: Final = "bsns-"
 KEY_BYTES: Final = 32
@@ -42,7 +43,6 @@ MAXIMUM_KEYS: Final = 64
 """Keys of one account that are not revoked."""
 MAXIMUM_WEI: Final = 2**128 - 1
 DAY_SECONDS: Final = 86_400
-_UINT256_DIGITS: Final = 78
 _SIGNED_DIGITS: Final = 79
 
 _accounts = Table(
@@ -51,7 +51,7 @@ _accounts = Table(
     Column("account_id", String(40), primary_key=True),
     Column("name", String(MAXIMUM_NAME_LENGTH), nullable=False),
     Column("address", String(42), unique=True),
-    Column("balance", String(_UINT256_DIGITS), nullable=False),
+    Column("balance", String(UINT256_DIGITS), nullable=False),
     Column("created_at", BigInteger, nullable=False),
 )
 _keys = Table(
@@ -61,10 +61,10 @@ _keys = Table(
     Column("key_id", String(40), nullable=False, unique=True),
     Column("account_id", String(40), nullable=False, index=True),
     Column("name", String(MAXIMUM_NAME_LENGTH), nullable=False),
-    Column("request_limit", String(_UINT256_DIGITS)),
-    Column("day_limit", String(_UINT256_DIGITS)),
+    Column("request_limit", String(UINT256_DIGITS)),
+    Column("day_limit", String(UINT256_DIGITS)),
     Column("day", BigInteger, nullable=False),
-    Column("day_spent", String(_UINT256_DIGITS), nullable=False),
+    Column("day_spent", String(UINT256_DIGITS), nullable=False),
     # Of the signed request that the key was made for: it makes one key.
     Column("proof", String(66), unique=True),
     Column("created_at", BigInteger, nullable=False),
@@ -80,9 +80,9 @@ _charges = Table(
     Column("body_hash", String(64), nullable=False),
     Column("model", String(255), nullable=False),
     Column("state", String(16), nullable=False, index=True),
-    Column("held", String(_UINT256_DIGITS), nullable=False),
-    Column("charged", String(_UINT256_DIGITS), nullable=False, server_default="0"),
-    Column("refunded", String(_UINT256_DIGITS), nullable=False, server_default="0"),
+    Column("held", String(UINT256_DIGITS), nullable=False),
+    Column("charged", String(UINT256_DIGITS), nullable=False, server_default="0"),
+    Column("refunded", String(UINT256_DIGITS), nullable=False, server_default="0"),
     Column("created_at", BigInteger, nullable=False),
     Column("finished_at", BigInteger),
     Column("response", Text),
@@ -95,7 +95,7 @@ _charged_requests = Table(
     metadata,
     Column("request_id", String(66), primary_key=True),
     Column("charge_id", String(40), nullable=False, index=True),
-    Column("price", String(_UINT256_DIGITS), nullable=False),
+    Column("price", String(UINT256_DIGITS), nullable=False),
     Column("refunded", Integer, nullable=False),
 )
 _movements = Table(
@@ -114,7 +114,7 @@ _deposits = Table(
     metadata,
     Column("transaction_hash", String(66), primary_key=True),
     Column("account_id", String(40), nullable=False),
-    Column("amount", String(_UINT256_DIGITS), nullable=False),
+    Column("amount", String(UINT256_DIGITS), nullable=False),
     Column("at", BigInteger, nullable=False),
 )
 _withdrawals = Table(
@@ -123,7 +123,7 @@ _withdrawals = Table(
     Column("withdrawal_id", String(40), primary_key=True),
     Column("account_id", String(40), nullable=False, index=True),
     Column("recipient", String(42), nullable=False),
-    Column("amount", String(_UINT256_DIGITS), nullable=False),
+    Column("amount", String(UINT256_DIGITS), nullable=False),
     Column("state", String(16), nullable=False, index=True),
     Column("nonce", BigInteger),
     Column("raw", LargeBinary),

@@ -28,20 +28,10 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import (
-    BigInteger,
-    Column,
     Connection,
     Engine,
-    Float,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
     RowMapping,
-    String,
     Table,
-    Text,
-    UniqueConstraint,
     create_engine,
     delete,
     event,
@@ -78,8 +68,8 @@ from coordinator.network_state import (
     aggregate_of,
     apply,
 )
+from coordinator.storage import tables
 
-_UINT256_DIGITS: Final = 78
 _PARSED_MEASUREMENTS: Final = 4_096
 _SQLITE_BUSY_TIMEOUT_S: Final = 10.0
 _POSTGRESQL_WRITER_LOCK: Final = 0x6273_6E73  # "bsns"
@@ -87,197 +77,13 @@ _MIGRATIONS: Final = Path(__file__).resolve().parents[2] / "migrations"
 # Blocks without events are only needed to find a common ancestor; older ones are dropped this many at a time.
 _PRUNE_EVERY_BLOCKS: Final = 512
 
-metadata = MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
-
-_deployment = Table(
-    "deployment",
-    metadata,
-    Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("chain_id", BigInteger, nullable=False),
-    Column("document", Text, nullable=False),
-    Column("cursor_number", BigInteger),
-    Column("cursor_hash", String(66)),
-)
-_blocks = Table(
-    "blocks",
-    metadata,
-    Column("number", BigInteger, primary_key=True, autoincrement=False),
-    Column("hash", String(66), nullable=False, unique=True),
-    Column("parent_hash", String(66), nullable=False),
-    Column("timestamp", BigInteger, nullable=False),
-)
-_events = Table(
-    "events",
-    metadata,
-    Column("block_hash", String(66), primary_key=True),
-    Column("log_index", Integer, primary_key=True, autoincrement=False),
-    Column("block_number", BigInteger, nullable=False, index=True),
-    Column("transaction_hash", String(66), nullable=False),
-    Column("contract", String(32), nullable=False),
-    Column("name", String(64), nullable=False),
-    Column("aggregate_kind", String(16), nullable=False),
-    Column("aggregate_key", String(66), nullable=False),
-    Column("arguments", Text, nullable=False),
-    Index("ix_events_aggregate", "aggregate_kind", "aggregate_key", "block_number", "log_index"),
-)
-_nodes = Table(
-    "nodes",
-    metadata,
-    Column("key", String(66), primary_key=True),
-    Column("operator", String(42), index=True),
-    Column("staked", String(_UINT256_DIGITS), nullable=False),
-    Column("document", Text, nullable=False),
-)
-_models = Table(
-    "models",
-    metadata,
-    Column("key", String(66), primary_key=True),
-    Column("name", Text, nullable=False),
-    Column("document", Text, nullable=False),
-)
-_documents = Table(
-    "documents",
-    metadata,
-    Column("key", String(66), primary_key=True),
-    Column("document", Text, nullable=False),
-)
-_plans = Table(
-    "plans",
-    metadata,
-    Column("key", String(66), primary_key=True),
-    Column("model_id", String(66), nullable=False),
-    Column("publisher", String(42), nullable=False),
-    Column("epoch", BigInteger, nullable=False),
-    Column("document", Text, nullable=False),
-    Index("ix_plans_model_publisher", "model_id", "publisher", "epoch"),
-)
-_requests = Table(
-    "requests",
-    metadata,
-    Column("key", String(66), primary_key=True),
-    Column("requester", String(42), nullable=False, index=True),
-    Column("plan_id", String(66), nullable=False),
-    Column("status", Integer, nullable=False),
-    Column("opened_block", BigInteger, nullable=False),
-    Column("deposit", String(_UINT256_DIGITS), nullable=False),
-    Column("document", Text, nullable=False),
-    Index("ix_requests_status", "status", "opened_block"),
-)
-_accounts = Table(
-    "accounts",
-    metadata,
-    Column("key", String(66), primary_key=True),
-    Column("document", Text, nullable=False),
-)
-_measurements = Table(
-    "measurements",
-    metadata,
-    Column("model_id", String(66), primary_key=True),
-    Column("node", String(42), primary_key=True),
-    Column("measured_at", BigInteger, nullable=False),
-    Column("message", Text, nullable=False),
-)
-# What each offered plan was computed from, by the hash that the plan carries.
-_planning_records = Table(
-    "planning_records",
-    metadata,
-    Column("hash", String(66), primary_key=True),
-    Column("content", LargeBinary, nullable=False),
-)
-# Snapshots of the network, the newest of each model.
-_topologies = Table(
-    "topologies",
-    metadata,
-    Column("sequence", Integer, primary_key=True, autoincrement=True),
-    Column("model_id", String(66), nullable=False, index=True),
-    Column("taken_at", BigInteger, nullable=False),
-    Column("class_number", Integer, nullable=False),
-    Column("snapshot", Text, nullable=False),
-)
-# What is collected for tabs: tickets with their results, vouchers with their secrets, batches.
-_tab_tickets = Table(
-    "tab_tickets",
-    metadata,
-    Column("request_id", String(66), primary_key=True),
-    Column("requester", String(42), nullable=False),
-    Column("number", BigInteger, nullable=False),
-    Column("plan_id", String(66), nullable=False),
-    Column("state", String(16), nullable=False, index=True),
-    Column("changed_at", BigInteger, nullable=False),
-    Column("charge", String(_UINT256_DIGITS), nullable=False),
-    Column("batch_id", String(66), index=True),
-    Column("grant", LargeBinary, nullable=False),
-    Column("collected", LargeBinary),
-    UniqueConstraint("requester", "number"),
-)
-_tab_vouchers = Table(
-    "tab_vouchers",
-    metadata,
-    Column("secret_hash", String(66), primary_key=True),
-    Column("requester", String(42), nullable=False),
-    Column("cumulative", String(_UINT256_DIGITS), nullable=False),
-    Column("message", LargeBinary, nullable=False),
-    Column("secret", String(66)),
-    Column("batch_id", String(66), index=True),
-    Index("ix_tab_vouchers_requester", "requester", "cumulative"),
-)
-_tab_batches = Table(
-    "tab_batches",
-    metadata,
-    Column("batch_id", String(66), primary_key=True),
-    Column("state", String(16), nullable=False, index=True),
-    Column("changed_at", BigInteger, nullable=False),
-    Column("message", LargeBinary, nullable=False),
-    Column("consents", Text, nullable=False),
-)
-_intents = Table(
-    "intents",
-    metadata,
-    Column("sequence", Integer, primary_key=True, autoincrement=True),
-    Column("key", String(255), nullable=False, unique=True),
-    Column("sender", String(42), nullable=False),
-    Column("contract", String(32), nullable=False),
-    Column("function", String(64), nullable=False),
-    Column("arguments", Text, nullable=False),
-    Column("value", String(_UINT256_DIGITS), nullable=False),
-    Column("state", String(16), nullable=False, index=True),
-    Column("reason", Text),
-    Column("attempts", Integer, nullable=False),
-    Column("next_attempt_at", Float, nullable=False),
-    Column("nonce", BigInteger),
-    Column("transaction_hash", String(66)),
-    Column("mined_block_number", BigInteger, index=True),
-    Column("mined_block_hash", String(66)),
-    Column("succeeded", Integer),
-    Column("created_at", Float, nullable=False),
-    UniqueConstraint("sender", "nonce"),
-)
-_transactions = Table(
-    "transactions",
-    metadata,
-    Column("hash", String(66), primary_key=True),
-    Column("intent_sequence", Integer, nullable=False, index=True),
-    Column("sender", String(42), nullable=False),
-    Column("nonce", BigInteger, nullable=False),
-    Column("fields", Text, nullable=False),
-    Column("raw", Text, nullable=False),
-    Column("signed_at", Float, nullable=False),
-    Column("broadcast_at", Float),
-    Index("ix_transactions_sender_nonce", "sender", "nonce"),
-)
 _AGGREGATE_TABLES: Final[Mapping[AggregateKind, Table]] = {
-    AggregateKind.NODE: _nodes,
-    AggregateKind.MODEL: _models,
-    AggregateKind.DOCUMENT: _documents,
-    AggregateKind.PLAN: _plans,
-    AggregateKind.REQUEST: _requests,
-    AggregateKind.ACCOUNT: _accounts,
+    AggregateKind.NODE: tables.nodes,
+    AggregateKind.MODEL: tables.models,
+    AggregateKind.DOCUMENT: tables.documents,
+    AggregateKind.PLAN: tables.plans,
+    AggregateKind.REQUEST: tables.requests,
+    AggregateKind.ACCOUNT: tables.accounts,
 }
 
 
@@ -542,9 +348,11 @@ class Storage:
             {"chain_id": deployment.chain_id, "first_block": deployment.first_block, **deployment.contracts}
         )
         with self.writing() as connection:
-            row = connection.execute(select(_deployment)).mappings().first()
+            row = connection.execute(select(tables.deployment)).mappings().first()
             if row is None:
-                connection.execute(insert(_deployment).values(id=1, chain_id=deployment.chain_id, document=document))
+                connection.execute(
+                    insert(tables.deployment).values(id=1, chain_id=deployment.chain_id, document=document)
+                )
             elif row["document"] != document:
                 raise WrongDeploymentError(
                     f"the database belongs to the deployment {row['document']}, not to {document}: "
@@ -557,17 +365,21 @@ class Storage:
         """The last block that was stored, or None before the first."""
         with self.reading() as connection:
             row = (
-                connection.execute(select(_blocks).join(_deployment, _deployment.c.cursor_hash == _blocks.c.hash))
+                connection.execute(
+                    select(tables.blocks).join(
+                        tables.deployment, tables.deployment.c.cursor_hash == tables.blocks.c.hash
+                    )
+                )
                 .mappings()
                 .first()
             )
-        return None if row is None else _block(row)
+        return None if row is None else block_of_row(row)
 
     def block_at(self, number: int) -> Block | None:
         """The stored block of that number, if it was kept."""
         with self.reading() as connection:
-            row = connection.execute(select(_blocks).where(_blocks.c.number == number)).mappings().first()
-        return None if row is None else _block(row)
+            row = connection.execute(select(tables.blocks).where(tables.blocks.c.number == number)).mappings().first()
+        return None if row is None else block_of_row(row)
 
     def append_block(self, block: Block, events: Sequence[ChainEvent]) -> None:
         """Store `block`, its events, the aggregates they touch and the cursor, in one transaction.
@@ -576,7 +388,9 @@ class Storage:
         """
         touched: dict[AggregateKey, None] = {aggregate_of(item): None for item in events}
         with self.writing() as connection:
-            last = connection.execute(select(_deployment.c.cursor_number, _deployment.c.cursor_hash)).first()
+            last = connection.execute(
+                select(tables.deployment.c.cursor_number, tables.deployment.c.cursor_hash)
+            ).first()
             if last is None:
                 raise StorageError("the database is not bound to a deployment")
             if last.cursor_hash is not None and (last.cursor_number + 1, last.cursor_hash) != (
@@ -585,7 +399,7 @@ class Storage:
             ):
                 raise StorageError(f"block {block.number} does not follow the stored block {last.cursor_number}")
             connection.execute(
-                insert(_blocks).values(
+                insert(tables.blocks).values(
                     number=block.number,
                     hash=_hex(block.hash),
                     parent_hash=_hex(block.parent_hash),
@@ -593,12 +407,14 @@ class Storage:
                 )
             )
             if events:
-                connection.execute(insert(_events), [_event_row(item) for item in events])
+                connection.execute(insert(tables.events), [_event_row(item) for item in events])
             state = NetworkState(_load_aggregates(connection, touched))
             for item in events:
                 state = apply(state, item, block)
             _store_aggregates(connection, state.aggregates)
-            connection.execute(update(_deployment).values(cursor_number=block.number, cursor_hash=_hex(block.hash)))
+            connection.execute(
+                update(tables.deployment).values(cursor_number=block.number, cursor_hash=_hex(block.hash))
+            )
             if block.number % _PRUNE_EVERY_BLOCKS == 0:
                 _prune(connection, block.number - self._keep_blocks)
 
@@ -609,19 +425,19 @@ class Storage:
         was mined above the ancestor are open again.
         """
         with self.writing() as connection:
-            kept = connection.execute(select(_blocks.c.hash).where(_blocks.c.number == ancestor)).first()
+            kept = connection.execute(select(tables.blocks.c.hash).where(tables.blocks.c.number == ancestor)).first()
             if kept is None:
                 raise StorageError(f"block {ancestor} is not stored: it cannot be rolled back to")
-            orphaned = connection.execute(delete(_blocks).where(_blocks.c.number > ancestor)).rowcount
+            orphaned = connection.execute(delete(tables.blocks).where(tables.blocks.c.number > ancestor)).rowcount
             touched = [
                 (AggregateKind(row.aggregate_kind), row.aggregate_key)
                 for row in connection.execute(
-                    select(_events.c.aggregate_kind, _events.c.aggregate_key)
-                    .where(_events.c.block_number > ancestor)
+                    select(tables.events.c.aggregate_kind, tables.events.c.aggregate_key)
+                    .where(tables.events.c.block_number > ancestor)
                     .distinct()
                 )
             ]
-            events = connection.execute(delete(_events).where(_events.c.block_number > ancestor)).rowcount
+            events = connection.execute(delete(tables.events).where(tables.events.c.block_number > ancestor)).rowcount
             for kind, key in touched:
                 history = _history(connection, kind, key)
                 table = _AGGREGATE_TABLES[kind]
@@ -630,10 +446,10 @@ class Storage:
                 for item, block in history:
                     state = apply(state, item, block)
                 _store_aggregates(connection, state.aggregates)
-            connection.execute(update(_deployment).values(cursor_number=ancestor, cursor_hash=kept.hash))
+            connection.execute(update(tables.deployment).values(cursor_number=ancestor, cursor_hash=kept.hash))
             reopened = connection.execute(
-                update(_intents)
-                .where(_intents.c.mined_block_number > ancestor)
+                update(tables.intents)
+                .where(tables.intents.c.mined_block_number > ancestor)
                 .values(
                     state=IntentState.SENT,
                     reason=None,
@@ -662,41 +478,41 @@ class Storage:
 
     def nodes(self) -> dict[str, NodeState]:
         """All node accounts by hot key."""
-        return {item.node: item for item in self._all(_nodes, NodeState)}
+        return {item.node: item for item in self._all(tables.nodes, NodeState)}
 
     def node(self, address: str) -> NodeState | None:
-        return self._one(_nodes, NodeState, address)
+        return self._one(tables.nodes, NodeState, address)
 
     def model(self, model: ModelId) -> ModelState | None:
-        return self._one(_models, ModelState, _hex(model))
+        return self._one(tables.models, ModelState, _hex(model))
 
     def document(self, document_hash: bytes) -> DocumentState | None:
         """What is known of an announced document; not its bytes."""
-        return self._one(_documents, DocumentState, _hex(document_hash))
+        return self._one(tables.documents, DocumentState, _hex(document_hash))
 
     def plan(self, plan: PlanId) -> PlanState | None:
-        return self._one(_plans, PlanState, _hex(plan))
+        return self._one(tables.plans, PlanState, _hex(plan))
 
     def plans(self, model: ModelId | None = None, publisher: str | None = None) -> list[PlanState]:
         """Plans by epoch, narrowed to a model and a publisher."""
-        query = select(_plans.c.document).order_by(_plans.c.model_id, _plans.c.epoch)
+        query = select(tables.plans.c.document).order_by(tables.plans.c.model_id, tables.plans.c.epoch)
         if model is not None:
-            query = query.where(_plans.c.model_id == _hex(model))
+            query = query.where(tables.plans.c.model_id == _hex(model))
         if publisher is not None:
-            query = query.where(_plans.c.publisher == publisher)
+            query = query.where(tables.plans.c.publisher == publisher)
         with self.reading() as connection:
             return [decode_record(PlanState, row.document) for row in connection.execute(query)]
 
     def request(self, request: RequestId) -> RequestState | None:
-        return self._one(_requests, RequestState, _hex(request))
+        return self._one(tables.requests, RequestState, _hex(request))
 
     def unfinished_requests(self, limit: int) -> list[RequestState]:
         """Requests that are neither settled nor refunded, oldest first, at most `limit`."""
         finished = [int(item) for item in RequestStatus if item.is_finished]
         query = (
-            select(_requests.c.document)
-            .where(_requests.c.status.not_in(finished))
-            .order_by(_requests.c.opened_block, _requests.c.key)
+            select(tables.requests.c.document)
+            .where(tables.requests.c.status.not_in(finished))
+            .order_by(tables.requests.c.opened_block, tables.requests.c.key)
             .limit(limit)
         )
         with self.reading() as connection:
@@ -704,12 +520,12 @@ class Storage:
 
     def finished_requests(self, after: ChainPlace, limit: int) -> list[tuple[ChainPlace, RequestState]]:
         """Requests by where their settlement or refund lies on the chain, at most `limit` beyond `after`."""
-        place = tuple_(_events.c.block_number, _events.c.log_index)
+        place = tuple_(tables.events.c.block_number, tables.events.c.log_index)
         query = (
-            select(_events.c.block_number, _events.c.log_index, _requests.c.document)
-            .join(_requests, _requests.c.key == _events.c.aggregate_key)
-            .where(_events.c.name.in_(("RequestSettled", "RequestRefunded")), place > tuple_(*after))
-            .order_by(_events.c.block_number, _events.c.log_index)
+            select(tables.events.c.block_number, tables.events.c.log_index, tables.requests.c.document)
+            .join(tables.requests, tables.requests.c.key == tables.events.c.aggregate_key)
+            .where(tables.events.c.name.in_(("RequestSettled", "RequestRefunded")), place > tuple_(*after))
+            .order_by(tables.events.c.block_number, tables.events.c.log_index)
             .limit(limit)
         )
         with self.reading() as connection:
@@ -720,7 +536,7 @@ class Storage:
 
     def request_counts(self) -> dict[RequestStatus, int]:
         """Number of requests by status."""
-        query = select(_requests.c.status, func.count()).group_by(_requests.c.status)
+        query = select(tables.requests.c.status, func.count()).group_by(tables.requests.c.status)
         with self.reading() as connection:
             return {RequestStatus(status): count for status, count in connection.execute(query)}
 
@@ -736,20 +552,20 @@ class Storage:
             "measured_at": measurements.measured_at,
             "message": measurements.to_message(signature).SerializeToString(deterministic=True).hex(),
         }
-        same = (_measurements.c.model_id == values["model_id"]) & (_measurements.c.node == values["node"])
+        same = (tables.measurements.c.model_id == values["model_id"]) & (tables.measurements.c.node == values["node"])
         with self.writing() as connection:
-            message = connection.scalar(select(_measurements.c.message).where(same))
+            message = connection.scalar(select(tables.measurements.c.message).where(same))
             if message is None:
-                connection.execute(insert(_measurements).values(**values))
+                connection.execute(insert(tables.measurements).values(**values))
                 return None
             known = _parse_measurements(message).measurements
             if measurements.measured_at >= known.measured_at:
-                connection.execute(update(_measurements).where(same).values(**values))
+                connection.execute(update(tables.measurements).where(same).values(**values))
             return known
 
     def measurements(self, model: ModelId) -> dict[str, SignedMeasurements]:
         """The latest measurements for `model` by node, as the nodes signed them."""
-        query = select(_measurements.c.message).where(_measurements.c.model_id == _hex(model))
+        query = select(tables.measurements.c.message).where(tables.measurements.c.model_id == _hex(model))
         with self.reading() as connection:
             found = [_parse_measurements(row.message) for row in connection.execute(query)]
         return {item.measurements.node: item for item in found}
@@ -757,14 +573,14 @@ class Storage:
     def keep_planning_record(self, record: PlanningRecord) -> None:
         """Store what a plan is computed from; harmless to repeat."""
         values = {"hash": _hex(record.hash), "content": record.to_bytes()}
-        same = select(_planning_records.c.hash).where(_planning_records.c.hash == values["hash"])
+        same = select(tables.planning_records.c.hash).where(tables.planning_records.c.hash == values["hash"])
         with self.writing() as connection:
             if connection.scalar(same) is None:
-                connection.execute(insert(_planning_records).values(**values))
+                connection.execute(insert(tables.planning_records).values(**values))
 
     def planning_record(self, record_hash: bytes) -> PlanningRecord | None:
         """What a plan was computed from, by the plan's measurementsHash."""
-        query = select(_planning_records.c.content).where(_planning_records.c.hash == _hex(record_hash))
+        query = select(tables.planning_records.c.content).where(tables.planning_records.c.hash == _hex(record_hash))
         with self.reading() as connection:
             content = connection.scalar(query)
         return None if content is None else PlanningRecord.from_bytes(bytes(content))
@@ -772,10 +588,10 @@ class Storage:
     def keep_topology(self, taken: TopologySnapshot, *, keep: int) -> None:
         """Store a snapshot; of its model the newest `keep` stay."""
         model = _hex(taken.model)
-        mine = _topologies.c.model_id == model
+        mine = tables.topologies.c.model_id == model
         with self.writing() as connection:
             connection.execute(
-                insert(_topologies).values(
+                insert(tables.topologies).values(
                     model_id=model,
                     taken_at=taken.taken_at,
                     class_number=taken.class_number,
@@ -783,21 +599,21 @@ class Storage:
                 )
             )
             oldest = connection.scalar(
-                select(_topologies.c.sequence)
+                select(tables.topologies.c.sequence)
                 .where(mine)
-                .order_by(_topologies.c.sequence.desc())
+                .order_by(tables.topologies.c.sequence.desc())
                 .offset(keep - 1)
                 .limit(1)
             )
             if oldest is not None:
-                connection.execute(delete(_topologies).where(mine & (_topologies.c.sequence < oldest)))
+                connection.execute(delete(tables.topologies).where(mine & (tables.topologies.c.sequence < oldest)))
 
     def topologies(self, model: ModelId, limit: int) -> list[TopologySnapshot]:
         """The newest snapshots of `model`'s network, the newest first."""
         query = (
-            select(_topologies)
-            .where(_topologies.c.model_id == _hex(model))
-            .order_by(_topologies.c.sequence.desc())
+            select(tables.topologies)
+            .where(tables.topologies.c.model_id == _hex(model))
+            .order_by(tables.topologies.c.sequence.desc())
             .limit(limit)
         )
         with self.reading() as connection:
@@ -809,14 +625,14 @@ class Storage:
     def topology_classes(self, model: ModelId, limit: int) -> list[tuple[int, Snapshot]]:
         """The newest `limit` classes of `model`'s network, each with the oldest of its snapshots that is kept."""
         first = (
-            select(func.min(_topologies.c.sequence))
-            .where(_topologies.c.model_id == _hex(model))
-            .group_by(_topologies.c.class_number)
+            select(func.min(tables.topologies.c.sequence))
+            .where(tables.topologies.c.model_id == _hex(model))
+            .group_by(tables.topologies.c.class_number)
         )
         query = (
-            select(_topologies.c.class_number, _topologies.c.snapshot)
-            .where(_topologies.c.sequence.in_(first))
-            .order_by(_topologies.c.sequence.desc())
+            select(tables.topologies.c.class_number, tables.topologies.c.snapshot)
+            .where(tables.topologies.c.sequence.in_(first))
+            .order_by(tables.topologies.c.sequence.desc())
             .limit(limit)
         )
         with self.reading() as connection:
@@ -826,42 +642,46 @@ class Storage:
 
     def keep_ticket(self, record: TicketRecord) -> bool:
         """Store a ticket that was taken; False if its request or its number is there."""
-        same = (_tab_tickets.c.requester == record.requester) & (_tab_tickets.c.number == record.number)
+        same = (tables.tab_tickets.c.requester == record.requester) & (tables.tab_tickets.c.number == record.number)
         with self.writing() as connection:
-            if connection.scalar(select(_tab_tickets.c.request_id).where(same)) is not None:
+            if connection.scalar(select(tables.tab_tickets.c.request_id).where(same)) is not None:
                 return False
-            connection.execute(insert(_tab_tickets).values(**_ticket_row(record)))
+            connection.execute(insert(tables.tab_tickets).values(**_ticket_row(record)))
             return True
 
     def change_ticket(self, record: TicketRecord) -> None:
         """Store what has become of a ticket."""
         row = _ticket_row(record)
         with self.writing() as connection:
-            same = _tab_tickets.c.request_id == row.pop("request_id")
-            connection.execute(update(_tab_tickets).where(same).values(**row))
+            same = tables.tab_tickets.c.request_id == row.pop("request_id")
+            connection.execute(update(tables.tab_tickets).where(same).values(**row))
 
     def ticket(self, request: RequestId) -> TicketRecord | None:
-        query = select(_tab_tickets).where(_tab_tickets.c.request_id == _hex(request))
+        query = select(tables.tab_tickets).where(tables.tab_tickets.c.request_id == _hex(request))
         with self.reading() as connection:
             row = connection.execute(query).mappings().first()
-        return None if row is None else _ticket_record(row)
+        return None if row is None else ticket_of_row(row)
 
     def tickets(
         self, states: Iterable[TicketState], *, requester: str | None = None, batch: bytes | None = None
     ) -> list[TicketRecord]:
         """Tickets in one of `states`, by requester and number."""
-        query = select(_tab_tickets).where(_tab_tickets.c.state.in_([str(state) for state in states]))
+        query = select(tables.tab_tickets).where(tables.tab_tickets.c.state.in_([str(state) for state in states]))
         if requester is not None:
-            query = query.where(_tab_tickets.c.requester == requester)
+            query = query.where(tables.tab_tickets.c.requester == requester)
         if batch is not None:
-            query = query.where(_tab_tickets.c.batch_id == _hex(batch))
+            query = query.where(tables.tab_tickets.c.batch_id == _hex(batch))
         with self.reading() as connection:
-            rows = connection.execute(query.order_by(_tab_tickets.c.requester, _tab_tickets.c.number)).mappings().all()
-        return [_ticket_record(row) for row in rows]
+            rows = (
+                connection.execute(query.order_by(tables.tab_tickets.c.requester, tables.tab_tickets.c.number))
+                .mappings()
+                .all()
+            )
+        return [ticket_of_row(row) for row in rows]
 
     def last_ticket_number(self, requester: str) -> int | None:
         """The highest number taken of a requester."""
-        query = select(func.max(_tab_tickets.c.number)).where(_tab_tickets.c.requester == requester)
+        query = select(func.max(tables.tab_tickets.c.number)).where(tables.tab_tickets.c.requester == requester)
         with self.reading() as connection:
             found = connection.scalar(query)
         return None if found is None else int(found)
@@ -870,10 +690,10 @@ class Storage:
         """Store a ticket's results with the voucher that pays for them, both or neither."""
         row = _ticket_row(ticket)
         with self.writing() as connection:
-            same = _tab_tickets.c.request_id == row.pop("request_id")
-            connection.execute(update(_tab_tickets).where(same).values(**row))
+            same = tables.tab_tickets.c.request_id == row.pop("request_id")
+            connection.execute(update(tables.tab_tickets).where(same).values(**row))
             connection.execute(
-                insert(_tab_vouchers).values(
+                insert(tables.tab_vouchers).values(
                     secret_hash=_hex(voucher.secret_hash),
                     requester=voucher.requester,
                     cumulative=uint256_text(voucher.cumulative),
@@ -883,20 +703,20 @@ class Storage:
 
     def vouchers(self, requester: str) -> list[VoucherRecord]:
         """A requester's vouchers, the smallest first."""
-        query = select(_tab_vouchers).where(_tab_vouchers.c.requester == requester)
+        query = select(tables.tab_vouchers).where(tables.tab_vouchers.c.requester == requester)
         with self.reading() as connection:
-            rows = connection.execute(query.order_by(_tab_vouchers.c.cumulative)).mappings().all()
+            rows = connection.execute(query.order_by(tables.tab_vouchers.c.cumulative)).mappings().all()
         return [_voucher_record(row) for row in rows]
 
     def keep_secret(self, secret_hash: bytes, secret: bytes) -> bool:
         """Store a voucher's secret; False if there is no such voucher."""
         with self.writing() as connection:
-            same = _tab_vouchers.c.secret_hash == _hex(secret_hash)
-            return connection.execute(update(_tab_vouchers).where(same).values(secret=_hex(secret))).rowcount > 0
+            same = tables.tab_vouchers.c.secret_hash == _hex(secret_hash)
+            return connection.execute(update(tables.tab_vouchers).where(same).values(secret=_hex(secret))).rowcount > 0
 
     def secrets_of(self, batch: bytes) -> dict[bytes, bytes | None]:
         """Secrets of a batch's vouchers by their hashes; None of those that were not shown."""
-        query = select(_tab_vouchers).where(_tab_vouchers.c.batch_id == _hex(batch))
+        query = select(tables.tab_vouchers).where(tables.tab_vouchers.c.batch_id == _hex(batch))
         with self.reading() as connection:
             found = [_voucher_record(row) for row in connection.execute(query).mappings()]
         return {item.secret_hash: item.secret for item in found}
@@ -905,49 +725,55 @@ class Storage:
         """Store a batch with the tickets and the vouchers (by the hashes of their secrets) that go into it."""
         batch = _hex(record.batch_id)
         with self.writing() as connection:
-            connection.execute(insert(_tab_batches).values(**_batch_row(record)))
+            connection.execute(insert(tables.tab_batches).values(**_batch_row(record)))
             for request in requests:
                 connection.execute(
-                    update(_tab_tickets)
-                    .where(_tab_tickets.c.request_id == _hex(request))
+                    update(tables.tab_tickets)
+                    .where(tables.tab_tickets.c.request_id == _hex(request))
                     .values(state=str(TicketState.BATCHED), changed_at=record.changed_at, batch_id=batch)
                 )
             for secret_hash in vouchers:
                 connection.execute(
-                    update(_tab_vouchers).where(_tab_vouchers.c.secret_hash == _hex(secret_hash)).values(batch_id=batch)
+                    update(tables.tab_vouchers)
+                    .where(tables.tab_vouchers.c.secret_hash == _hex(secret_hash))
+                    .values(batch_id=batch)
                 )
 
     def end_tickets(self, batch: bytes, now: int) -> None:
         """What a batch is charged for is charged: its tickets are over."""
-        mine = (_tab_tickets.c.batch_id == _hex(batch)) & (_tab_tickets.c.state == str(TicketState.BATCHED))
+        mine = (tables.tab_tickets.c.batch_id == _hex(batch)) & (tables.tab_tickets.c.state == str(TicketState.BATCHED))
         with self.writing() as connection:
-            connection.execute(update(_tab_tickets).where(mine).values(state=str(TicketState.OVER), changed_at=now))
+            connection.execute(
+                update(tables.tab_tickets).where(mine).values(state=str(TicketState.OVER), changed_at=now)
+            )
 
     def change_batch(self, record: BatchRecord) -> None:
         """Store how far a batch has come."""
         row = _batch_row(record)
         with self.writing() as connection:
-            same = _tab_batches.c.batch_id == row.pop("batch_id")
-            connection.execute(update(_tab_batches).where(same).values(**row))
+            same = tables.tab_batches.c.batch_id == row.pop("batch_id")
+            connection.execute(update(tables.tab_batches).where(same).values(**row))
 
     def dissolve_batch(self, batch: bytes, tickets: Iterable[TicketRecord]) -> None:
         """Forget a batch that was not posted; `tickets` are its tickets as they are to be now."""
         with self.writing() as connection:
-            connection.execute(delete(_tab_batches).where(_tab_batches.c.batch_id == _hex(batch)))
+            connection.execute(delete(tables.tab_batches).where(tables.tab_batches.c.batch_id == _hex(batch)))
             connection.execute(
-                update(_tab_vouchers).where(_tab_vouchers.c.batch_id == _hex(batch)).values(batch_id=None)
+                update(tables.tab_vouchers).where(tables.tab_vouchers.c.batch_id == _hex(batch)).values(batch_id=None)
             )
             for ticket in tickets:
                 row = _ticket_row(ticket)
-                same = _tab_tickets.c.request_id == row.pop("request_id")
-                connection.execute(update(_tab_tickets).where(same).values(**row))
+                same = tables.tab_tickets.c.request_id == row.pop("request_id")
+                connection.execute(update(tables.tab_tickets).where(same).values(**row))
 
     def batches(self, *states: BatchProgress) -> list[BatchRecord]:
         """Batches in one of `states`, the oldest first."""
-        query = select(_tab_batches).where(_tab_batches.c.state.in_([str(state) for state in states]))
+        query = select(tables.tab_batches).where(tables.tab_batches.c.state.in_([str(state) for state in states]))
         with self.reading() as connection:
-            rows = connection.execute(query.order_by(_tab_batches.c.changed_at, _tab_batches.c.batch_id)).mappings()
-            return [_batch_record(row) for row in rows.all()]
+            rows = connection.execute(
+                query.order_by(tables.tab_batches.c.changed_at, tables.tab_batches.c.batch_id)
+            ).mappings()
+            return [batch_of_row(row) for row in rows.all()]
 
     # ------------------------------------------------------------------------------------------ intents, transactions
 
@@ -962,10 +788,12 @@ class Storage:
             "value": uint256_text(intent.value),
         }
         with self.writing() as connection:
-            known = connection.execute(select(_intents).where(_intents.c.key == intent.key)).mappings().first()
+            known = (
+                connection.execute(select(tables.intents).where(tables.intents.c.key == intent.key)).mappings().first()
+            )
             if known is None:
                 connection.execute(
-                    insert(_intents).values(
+                    insert(tables.intents).values(
                         key=intent.key,
                         sender=sender,
                         state=IntentState.WANTED,
@@ -979,8 +807,8 @@ class Storage:
             if known["state"] == IntentState.REFUSED and now >= known["next_attempt_at"]:
                 # The nonce of the refused attempt is spent; its transactions keep it for the record.
                 connection.execute(
-                    update(_intents)
-                    .where(_intents.c.key == intent.key)
+                    update(tables.intents)
+                    .where(tables.intents.c.key == intent.key)
                     .values(
                         state=IntentState.WANTED,
                         nonce=None,
@@ -996,48 +824,54 @@ class Storage:
 
     def intent(self, key: str) -> IntentRecord | None:
         with self.reading() as connection:
-            row = connection.execute(select(_intents).where(_intents.c.key == key)).mappings().first()
+            row = connection.execute(select(tables.intents).where(tables.intents.c.key == key)).mappings().first()
         return None if row is None else _intent_record(row)
 
     def intents(self, states: Iterable[IntentState], limit: int, sender: str | None = None) -> list[IntentRecord]:
         """Intents in any of `states`, those with a nonce first and by nonce, then in the order they were wanted."""
         query = (
-            select(_intents)
-            .where(_intents.c.state.in_([str(item) for item in states]))
-            .order_by(_intents.c.nonce.is_(None), _intents.c.nonce, _intents.c.sequence)
+            select(tables.intents)
+            .where(tables.intents.c.state.in_([str(item) for item in states]))
+            .order_by(tables.intents.c.nonce.is_(None), tables.intents.c.nonce, tables.intents.c.sequence)
             .limit(limit)
         )
         if sender is not None:
-            query = query.where(_intents.c.sender == sender)
+            query = query.where(tables.intents.c.sender == sender)
         with self.reading() as connection:
             return [_intent_record(row) for row in connection.execute(query).mappings()]
 
     def intent_counts(self) -> dict[IntentState, int]:
-        query = select(_intents.c.state, func.count()).group_by(_intents.c.state)
+        query = select(tables.intents.c.state, func.count()).group_by(tables.intents.c.state)
         with self.reading() as connection:
             return {IntentState(state): count for state, count in connection.execute(query)}
 
     def next_nonce(self, sender: str) -> int:
         """One more than the largest nonce ever signed for `sender`; 0 if there is none."""
         with self.reading() as connection:
-            largest = connection.scalar(select(func.max(_transactions.c.nonce)).where(_transactions.c.sender == sender))
+            largest = connection.scalar(
+                select(func.max(tables.transactions.c.nonce)).where(tables.transactions.c.sender == sender)
+            )
         return 0 if largest is None else int(largest) + 1
 
     def has_nonce(self, sender: str, nonce: int) -> bool:
         """Whether an intent of `sender`, in any state, has this nonce."""
-        query = select(_intents.c.sequence).where(_intents.c.sender == sender, _intents.c.nonce == nonce)
+        query = select(tables.intents.c.sequence).where(
+            tables.intents.c.sender == sender, tables.intents.c.nonce == nonce
+        )
         with self.reading() as connection:
             return connection.scalar(query) is not None
 
     def assign_transaction(self, sequence: int, transaction: SignedTransaction) -> None:
         """Give a wanted intent its nonce and its signed transaction, in one transaction, before any broadcast."""
         with self.writing() as connection:
-            row = connection.execute(select(_intents).where(_intents.c.sequence == sequence)).mappings().one()
+            row = (
+                connection.execute(select(tables.intents).where(tables.intents.c.sequence == sequence)).mappings().one()
+            )
             if row["state"] != IntentState.WANTED:
                 raise StorageError(f"intent {row['key']} is {row['state']}, not wanted: it has its transaction already")
             connection.execute(
-                update(_intents)
-                .where(_intents.c.sequence == sequence)
+                update(tables.intents)
+                .where(tables.intents.c.sequence == sequence)
                 .values(
                     state=IntentState.SIGNED,
                     nonce=transaction.nonce,
@@ -1045,27 +879,33 @@ class Storage:
                     reason=None,
                 )
             )
-            connection.execute(insert(_transactions).values(**_transaction_row(sequence, row["sender"], transaction)))
+            connection.execute(
+                insert(tables.transactions).values(**_transaction_row(sequence, row["sender"], transaction))
+            )
 
     def add_replacement(self, sequence: int, transaction: SignedTransaction) -> None:
         """Another transaction for the same nonce, with higher fees, before its broadcast."""
         with self.writing() as connection:
-            row = connection.execute(select(_intents).where(_intents.c.sequence == sequence)).mappings().one()
+            row = (
+                connection.execute(select(tables.intents).where(tables.intents.c.sequence == sequence)).mappings().one()
+            )
             if row["nonce"] != transaction.nonce:
                 raise StorageError(f"intent {row['key']} has nonce {row['nonce']}, not {transaction.nonce}")
-            connection.execute(insert(_transactions).values(**_transaction_row(sequence, row["sender"], transaction)))
             connection.execute(
-                update(_intents)
-                .where(_intents.c.sequence == sequence)
+                insert(tables.transactions).values(**_transaction_row(sequence, row["sender"], transaction))
+            )
+            connection.execute(
+                update(tables.intents)
+                .where(tables.intents.c.sequence == sequence)
                 .values(state=IntentState.SIGNED, transaction_hash=_hex(transaction.hash))
             )
 
     def transactions(self, sequence: int, nonce: int) -> list[SignedTransaction]:
         """The transactions signed for an intent under `nonce`, oldest first."""
         query = (
-            select(_transactions)
-            .where(_transactions.c.intent_sequence == sequence, _transactions.c.nonce == nonce)
-            .order_by(_transactions.c.signed_at, _transactions.c.hash)
+            select(tables.transactions)
+            .where(tables.transactions.c.intent_sequence == sequence, tables.transactions.c.nonce == nonce)
+            .order_by(tables.transactions.c.signed_at, tables.transactions.c.hash)
         )
         with self.reading() as connection:
             return [_transaction(row) for row in connection.execute(query).mappings()]
@@ -1073,11 +913,13 @@ class Storage:
     def mark_sent(self, sequence: int, transaction_hash: bytes, now: float) -> None:
         with self.writing() as connection:
             connection.execute(
-                update(_transactions).where(_transactions.c.hash == _hex(transaction_hash)).values(broadcast_at=now)
+                update(tables.transactions)
+                .where(tables.transactions.c.hash == _hex(transaction_hash))
+                .values(broadcast_at=now)
             )
             connection.execute(
-                update(_intents)
-                .where(_intents.c.sequence == sequence, _intents.c.state == IntentState.SIGNED)
+                update(tables.intents)
+                .where(tables.intents.c.sequence == sequence, tables.intents.c.state == IntentState.SIGNED)
                 .values(state=IntentState.SENT)
             )
 
@@ -1116,7 +958,7 @@ class Storage:
 
     def _update_intent(self, sequence: int, **values: Any) -> None:
         with self.writing() as connection:
-            connection.execute(update(_intents).where(_intents.c.sequence == sequence).values(**values))
+            connection.execute(update(tables.intents).where(tables.intents.c.sequence == sequence).values(**values))
 
     def _all(self, table: Table, kind: type[_A]) -> list[_A]:
         with self.reading() as connection:
@@ -1148,7 +990,7 @@ def uint256_text(value: int) -> str:
     """A uint256 as text that sorts like the number. No numeric column: SQLite would round it."""
     if not 0 <= value < 2**256:
         raise ValueError(f"{value} is not a uint256")
-    return str(value).zfill(_UINT256_DIGITS)
+    return str(value).zfill(tables.UINT256_DIGITS)
 
 
 @contextmanager
@@ -1209,13 +1051,15 @@ def _alembic_config(url: str) -> Config:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
     config.attributes["engine"] = lambda: _engine(url)
-    config.attributes["metadata"] = metadata
+    config.attributes["metadata"] = tables.metadata
     return config
 
 
 def _prune(connection: Connection, before: int) -> None:
-    with_events = select(_events.c.block_hash)
-    connection.execute(delete(_blocks).where(_blocks.c.number < before, _blocks.c.hash.not_in(with_events)))
+    with_events = select(tables.events.c.block_hash)
+    connection.execute(
+        delete(tables.blocks).where(tables.blocks.c.number < before, tables.blocks.c.hash.not_in(with_events))
+    )
 
 
 def _load_aggregates(connection: Connection, keys: Iterable[AggregateKey]) -> dict[AggregateKey, Aggregate]:
@@ -1261,26 +1105,27 @@ def _history(
     connection: Connection, kind: AggregateKind | None = None, key: str | None = None
 ) -> list[tuple[ChainEvent, Block]]:
     query = (
-        select(_events, _blocks.c.parent_hash, _blocks.c.timestamp)
-        .join(_blocks, _blocks.c.hash == _events.c.block_hash)
-        .order_by(_events.c.block_number, _events.c.log_index)
+        select(tables.events, tables.blocks.c.parent_hash, tables.blocks.c.timestamp)
+        .join(tables.blocks, tables.blocks.c.hash == tables.events.c.block_hash)
+        .order_by(tables.events.c.block_number, tables.events.c.log_index)
     )
     if kind is not None:
-        query = query.where(_events.c.aggregate_kind == str(kind), _events.c.aggregate_key == key)
-    history = []
-    for row in connection.execute(query).mappings():
-        item = ChainEvent(
-            contract=row["contract"],
-            name=row["name"],
-            arguments=decode_values(row["arguments"]),
-            block_number=row["block_number"],
-            block_hash=_bytes(row["block_hash"]),
-            transaction_hash=_bytes(row["transaction_hash"]),
-            log_index=row["log_index"],
-        )
-        block = Block(item.block_number, item.block_hash, _bytes(row["parent_hash"]), row["timestamp"])
-        history.append((item, block))
-    return history
+        query = query.where(tables.events.c.aggregate_kind == str(kind), tables.events.c.aggregate_key == key)
+    return [event_of_row(row) for row in connection.execute(query).mappings()]
+
+
+def event_of_row(row: RowMapping) -> tuple[ChainEvent, Block]:
+    """An event with its block, of a row of `events` joined with parent_hash and timestamp of its block."""
+    item = ChainEvent(
+        contract=row["contract"],
+        name=row["name"],
+        arguments=decode_values(row["arguments"]),
+        block_number=row["block_number"],
+        block_hash=_bytes(row["block_hash"]),
+        transaction_hash=_bytes(row["transaction_hash"]),
+        log_index=row["log_index"],
+    )
+    return item, Block(item.block_number, item.block_hash, _bytes(row["parent_hash"]), row["timestamp"])
 
 
 def _event_row(item: ChainEvent) -> dict[str, Any]:
@@ -1298,7 +1143,7 @@ def _event_row(item: ChainEvent) -> dict[str, Any]:
     }
 
 
-def _block(row: RowMapping) -> Block:
+def block_of_row(row: RowMapping) -> Block:
     return Block(row["number"], _bytes(row["hash"]), _bytes(row["parent_hash"]), row["timestamp"])
 
 
@@ -1359,7 +1204,7 @@ def _ticket_row(record: TicketRecord) -> dict[str, Any]:
     }
 
 
-def _ticket_record(row: RowMapping) -> TicketRecord:
+def ticket_of_row(row: RowMapping) -> TicketRecord:
     return TicketRecord(
         RequestId(_bytes(row["request_id"])),
         row["requester"],
@@ -1395,7 +1240,7 @@ def _batch_row(record: BatchRecord) -> dict[str, Any]:
     }
 
 
-def _batch_record(row: RowMapping) -> BatchRecord:
+def batch_of_row(row: RowMapping) -> BatchRecord:
     consents = {node: bytes.fromhex(signature) for node, signature in json.loads(row["consents"]).items()}
     return BatchRecord(
         _bytes(row["batch_id"]), BatchProgress(row["state"]), row["changed_at"], bytes(row["message"]), consents
