@@ -30,6 +30,7 @@ from bsns.protocol.manifest import ManifestError, ModelManifest
 from bsns.protocol.record import VerificationRecord
 from coordinator.devnet import MARKER_FILE, Devnet, DevnetError
 from coordinator.settings import SettingsError
+from coordinator.storage import AccountBook, KeyLimits, Storage
 
 REQUEST_TIMEOUT_S = 600.0
 AUDIT_TIMEOUT_S = 60.0
@@ -37,6 +38,7 @@ WATCH_INTERVAL_S = 1.0
 # By name: what is prepared under it is the business of bsns.runtime, which nothing here may load.
 DEFAULT_MODEL = "smollm2-135m-instruct"
 EXAMPLE_PROMPT = "Why is the sky blue?"
+DEVNET_ACCOUNT_WEI = 10**18
 EXAMPLE_IMAGE = Path("mpl-data/sample_data/grace_hopper.jpg")  # in the folder of matplotlib
 
 
@@ -84,22 +86,9 @@ async def run_devnet(folder: Path, nodes: int, model: str, console: Console) -> 
     )
     async with devnet:
         await devnet.await_plan()
-        bsns, status = (_as_typed(name) for name in ("bsns", "bsns-coordinator"))
-        known = f"--rpc {devnet.rpc_url} --deployment {devnet.deployment_file} --key-file {devnet.requester_key_file}"
-        collector = f"--coordinator {devnet.coordinator.ready['endpoint']}"
-        console.print(
-            "\nthe network is up; ask it something:\n"
-            f"  {bsns} request {known} --model-folder {model_folder} --record build/record.json "
-            f"{shlex.join(question)}\n"
-            f"  {bsns} audit verify build/record.json --rpc {devnet.rpc_url}\n"
-            f"  {status} status --database-url {devnet.database_url}\n"
-            "or put money down once and pay without a transaction each:\n"
-            f"  {bsns} tab fund 1000000000000000 {known}\n"
-            f"  {bsns} request --tab {collector} {known} --model-folder {model_folder} {shlex.join(question)}\n"
-            "Ctrl-C stops everything.",
-            highlight=False,
-            soft_wrap=True,
-        )
+        await devnet.start_gateway()
+        for line in _what_to_try(devnet, model_folder, question):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         while not stop.is_set():
             for died in devnet.take_dead():
                 console.print(
@@ -110,6 +99,50 @@ async def run_devnet(folder: Path, nodes: int, model: str, console: Console) -> 
                 )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), WATCH_INTERVAL_S)
+
+
+def _what_to_try(devnet: Devnet, model_folder: Path, question: Sequence[str]) -> list[str]:
+    """What a person can open and type on a network that is up."""
+    bsns, coordinator = (_as_typed(name) for name in ("bsns", "bsns-coordinator"))
+    gateway, manifest = devnet.gateway.ready, load_manifest(model_folder)
+    known = f"--rpc {devnet.rpc_url} --deployment {devnet.deployment_file} --key-file {devnet.requester_key_file}"
+    secret = open_account(devnet.database_url, "devnet", DEVNET_ACCOUNT_WEI)
+    body = json.dumps(
+        {"model": manifest.name, "messages": [{"role": "user", "content": EXAMPLE_PROMPT}], "stream": True}
+    )
+    curl = f"curl -N {gateway['url']}/v1/chat/completions -H 'Authorization: Bearer {secret}' "
+    lines = [
+        "",
+        "the network is up:",
+        f"  pages to look at   {gateway['url']}/",
+        f"  OpenAI's API       {gateway['url']}/v1   key {secret}",
+        f"  metrics            http://{gateway['health']}/metrics   http://{devnet.coordinator.ready['health']}/metrics",
+        f"  chain (JSON-RPC)   {devnet.rpc_url}",
+        "three commands to try:",
+        f"  {bsns} request {known} --model-folder {model_folder} --record build/record.json {shlex.join(question)}",
+        f"  {bsns} audit verify build/record.json --rpc {devnet.rpc_url}",
+        curl + f"-H 'Content-Type: application/json' -d {shlex.quote(body)}"
+        if manifest.task != "image-classification"
+        else f"  {coordinator} status --database-url {devnet.database_url}",
+        "or put money down once and pay without a transaction each:",
+        f"  {bsns} tab fund 1000000000000000 {known}",
+        f"  {bsns} request --tab --coordinator {devnet.coordinator.ready['endpoint']} {known} "
+        f"--model-folder {model_folder} {shlex.join(question)}",
+        "Ctrl-C stops everything.",
+    ]
+    return [line if not line.startswith("curl") else f"  {line}" for line in lines]
+
+
+def open_account(database_url: str, name: str, wei: int) -> str:
+    """An account of the gateway with `wei` on it; its key."""
+    storage = Storage.of_existing(database_url)
+    try:
+        book, now = AccountBook(storage), int(time.time())
+        account = book.open_account(name, None, now)
+        book.deposit(account.account_id, wei, f"devnet-{account.account_id}", now)
+        return book.create_key(account.account_id, name, KeyLimits(), now)[0]
+    finally:
+        storage.close()
 
 
 def _as_typed(command: str) -> str:

@@ -41,6 +41,8 @@ from bsns.requester.tab import Tab
 from coordinator.gateway.access import Access
 from coordinator.gateway.account_api import AccountApi
 from coordinator.gateway.errors import ApiError, of_requester, of_storage, unavailable
+from coordinator.gateway.explorer import Explorer, error_page
+from coordinator.gateway.live import Live
 from coordinator.gateway.metrics import GatewayMetrics
 from coordinator.gateway.model_desk import ModelDesk, OfferedModel
 from coordinator.gateway.openai_api import OpenAIApi
@@ -82,6 +84,8 @@ class Gateway:
         self.book = AccountBook(storage)
         patient = PatientChainClient(chain, CHAIN_PATIENCE_S)
         self.treasury = Treasury(patient, signer, tab, self.book, storage, settings, self.metrics, clock=clock)
+        self.live = Live(storage, settings.live_viewers, self.metrics)
+        self.explorer = Explorer(storage, patient, deployment, settings, self.metrics, self.live, clock)
         self.desk = ModelDesk(models, tab, journal, self.book, settings, self.metrics, clock=clock)
         self.app = self._application(deployment.chain_id)
 
@@ -130,10 +134,12 @@ class Gateway:
                     loops = [
                         group.create_task(self._money_loop(), name="money"),
                         group.create_task(self._forget_loop(), name="forget"),
+                        group.create_task(self.live.run(), name="live"),
                     ]
                     serving = group.create_task(server.serve(sockets=[listener]), name="http")
                     on_ready(self.url, health)
                     await self._stop.wait()
+                    self.live.end()
                     await self.desk.drain(settings.drain_seconds)
                     server.should_exit = True
                     await serving
@@ -177,6 +183,8 @@ class Gateway:
         app.state.access = Access(self.book, settings.key_requests_a_minute, settings.tracked_addresses)
         app.include_router(OpenAIApi(self.desk, settings, self.record_url, self._clock).router)
         app.include_router(AccountApi(self.book, self.treasury, settings, chain_id, self._clock).router)
+        if settings.explorer:
+            app.include_router(self.explorer.router)
         app.add_api_route("/healthz", self._alive, methods=["GET"], tags=["health"])
         app.add_api_route("/readyz", self._ready, methods=["GET"], tags=["health"])
         for kind, handler in _HANDLERS.items():
@@ -217,48 +225,55 @@ class _Server(uvicorn.Server):
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-async def _api_error(_request: Request, error: Exception) -> Response:
+def _answer(request: Request, error: ApiError) -> Response:
+    """As a page for whoever looks at pages, else as JSON."""
+    is_page = not request.url.path.startswith("/v1") and "text/html" in request.headers.get("accept", "")
+    return error_page(error) if is_page else error.response()
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError), "registered for it"
-    return error.response()
+    return _answer(request, error)
 
 
-async def _storage_error(_request: Request, error: Exception) -> Response:
+async def _storage_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StorageError), "registered for it"
     refusal = of_storage(error)
     if refusal.status >= 500:
         _log.warning("database_refused", error=str(error))
-    return refusal.response()
+    return _answer(request, refusal)
 
 
-async def _network_error(_request: Request, error: Exception) -> Response:
+async def _network_error(request: Request, error: Exception) -> Response:
     _log.warning("network_refused", error=f"{type(error).__name__}: {error}")
     refusal = (
         of_requester(error)
         if isinstance(error, RequesterError)
         else unavailable("the chain does not answer at the moment: try again", "chain_unavailable")
     )
-    return refusal.response()
+    return _answer(request, refusal)
 
 
-async def _invalid(_request: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError), "registered for it"
     first = error.errors()[0]
     # Where: body, header, query or path, then the field. What was given is not repeated.
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     where = ".".join(place[:8]) or None
     what = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{where or 'the request'}: {what}", param=where, code="invalid_value").response()
+    return _answer(request, ApiError(400, f"{where or 'the request'}: {what}", param=where, code="invalid_value"))
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for it"
     code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status_code)
-    return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers).response()
+    return _answer(request, ApiError(error.status_code, str(error.detail), code=code, headers=error.headers))
 
 
-async def _failed(_request: Request, error: Exception) -> Response:
+async def _failed(request: Request, error: Exception) -> Response:
     _log.error("failed", exc_info=error)
-    return ApiError(500, "the gateway failed: try again", kind="server_error", code="internal_error").response()
+    refusal = ApiError(500, "the gateway failed: try again", kind="server_error", code="internal_error")
+    return _answer(request, refusal)
 
 
 _HANDLERS: Final = {

@@ -1,7 +1,8 @@
 """The database: what survives a restart, and the only queries on it.
 
-`database` holds what the coordinator follows, wants and collects, `account_book` the accounts of the gateway's users
-and every wei that moves on them. Both are in one database, whose tables the migrations make.
+`tables` says what is kept, `database` holds what the coordinator follows, wants and collects, `explorer_queries` what
+pages read of it, `account_book` the accounts of the gateway's users and every wei that moves on them. All in one
+database, whose tables the migrations make.
 """
 
 from coordinator.storage.account_book import (
@@ -46,9 +47,11 @@ from coordinator.storage.database import (
     migration_engine,
     uint256_text,
 )
+from coordinator.storage.explorer_queries import END, BlockSummary, ExplorerQueries, StampedEvent
 from coordinator.storage.tables import metadata
 
 __all__ = [
+    "END",
     "Account",
     "AccountBook",
     "AccountError",
@@ -56,10 +59,12 @@ __all__ = [
     "AnotherWriterError",
     "BatchProgress",
     "BatchRecord",
+    "BlockSummary",
     "ChainPlace",
     "Charge",
     "ChargeState",
     "DuplicateError",
+    "ExplorerQueries",
     "IdempotencyError",
     "InsufficientBalanceError",
     "Intent",
@@ -72,6 +77,7 @@ __all__ = [
     "Rollback",
     "SignedTransaction",
     "SpendingLimitError",
+    "StampedEvent",
     "Storage",
     "StorageError",
     "StorageSettingsError",
