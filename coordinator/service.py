@@ -29,6 +29,7 @@ from bsns.chain.client import ChainClient, Web3ChainClient
 from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainUnavailableError, ContractError, UnknownBlockError
 from bsns.chain.signer import Signer
+from bsns.health_server import HealthServerError, health_server
 from bsns.planning import Link
 from bsns.protocol.identifiers import ModelId
 from bsns.protocol.manifest import ManifestError, ModelManifest
@@ -39,6 +40,7 @@ from coordinator.chain_follower import ChainFollower
 from coordinator.collection_service import RequestCollectionServicer
 from coordinator.coordination_service import NodeCoordinationServicer
 from coordinator.dispatch import NodePool, NodeStandings, PlanPublication, RequestRouting, TopologyWatch
+from coordinator.metrics import CoordinatorMetrics
 from coordinator.settings import CoordinatorSettings, SettingsError, load_deployment, load_key
 from coordinator.storage import AnotherWriterError, Storage, StorageUnavailableError, migrate
 from coordinator.tab_collector import TabCollector
@@ -77,6 +79,8 @@ class Coordinator:
         self._stop = asyncio.Event()
         self.ready = asyncio.Event()
         self.endpoint = ""
+        self.health_endpoint = ""
+        self.metrics = CoordinatorMetrics(storage, self.chain_now)
         self.follower = ChainFollower(
             chain, storage, deployment, limits=settings.follower_limits, on_change=self._news.set
         )
@@ -160,7 +164,7 @@ class Coordinator:
         await self.follower.require_right_chain()
         server = await self._start_server()
         try:
-            async with asyncio.TaskGroup() as group:
+            async with self._health_server() as self.health_endpoint, asyncio.TaskGroup() as group:
                 loops = [
                     group.create_task(self.follower.run(), name="follower"),
                     group.create_task(self._outbox_loop(), name="outbox"),
@@ -177,6 +181,25 @@ class Coordinator:
             await self._health.enter_graceful_shutdown()
             self._servicer.drain()
             await server.stop(self._settings.drain_seconds)
+
+    @asynccontextmanager
+    async def _health_server(self) -> AsyncIterator[str]:
+        def scraped() -> None:
+            metrics, follower = self.metrics, self.follower
+            metrics.is_ready.set(follower.not_synced_because is None)
+            metrics.head.set(follower.head.number if follower.head is not None else 0)
+            metrics.lag.set(follower.lag or 0)
+            metrics.reorganisations.set(follower.rollbacks)
+            metrics.attached.set(len(self.pool.live()))
+
+        def reason() -> str | None:
+            return "the coordinator is being stopped" if self._stop.is_set() else self.follower.not_synced_because
+
+        try:
+            async with health_server(self._settings.health_listen, self.metrics.registry, reason, scraped) as endpoint:
+                yield endpoint
+        except HealthServerError as error:
+            raise SettingsError(str(error)) from error
 
     # --------------------------------------------------------------------------------------------------------- loops
 
@@ -206,7 +229,12 @@ class Coordinator:
 
     async def _desk_loop(self) -> None:
         await self.ready.wait()
-        await self._repeat("desk_waits", self._desk_pass, self._news)
+
+        async def timed() -> None:
+            with self.metrics.desk_duration.time():
+                await self._desk_pass()
+
+        await self._repeat("desk_waits", timed, self._news)
 
     async def _topology_loop(self) -> None:
         await self.ready.wait()
@@ -222,6 +250,7 @@ class Coordinator:
                 failures = 0
             except _EXPECTED as error:
                 failures += 1
+                self.metrics.failures.labels(warning.removesuffix("_waits")).inc()
                 _log.warning(warning, error=f"{type(error).__name__}: {error}", failures=failures)
             if failures:
                 pause = settings.chain_backoff_seconds * 2 ** min(failures - 1, 16)
@@ -370,6 +399,7 @@ async def serve(settings: CoordinatorSettings, on_ready: Callable[[dict[str, Any
                 {
                     "event": "ready",
                     "endpoint": endpoint,
+                    "health": coordinator.health_endpoint,
                     "publisher": coordinator.outbox.sender,
                     "models": ["0x" + model.hex() for model in coordinator.publications],
                 }

@@ -59,6 +59,7 @@ class CoordinatorSettings(BaseSettings):
     )
     migrate_on_start: bool = Field(default=True, description="bring the tables to this release before serving")
     listen: str = Field(default="127.0.0.1:0", description="host:port of the gRPC service; port 0 takes a free one")
+    health_listen: str = Field(default="127.0.0.1:0", description="host:port of /healthz, /readyz and /metrics")
     certificate_file: Path | None = Field(default=None, description="PEM certificate; required off loopback")
     certificate_key_file: Path | None = Field(default=None, description="PEM key of the certificate")
     key_file: Path = Field(description="key of the publisher: raw hex (mode 600) or a keystore v3")
@@ -162,7 +163,7 @@ class CoordinatorSettings(BaseSettings):
     measurement_age_seconds: int = Field(default=30 * 86_400, ge=1)
     drain_seconds: float = Field(default=5.0, ge=0)
 
-    @field_validator("listen")
+    @field_validator("listen", "health_listen")
     @classmethod
     def _host_and_port(cls, value: str) -> str:
         split_endpoint(value)

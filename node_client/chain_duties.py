@@ -34,6 +34,7 @@ from bsns.v1 import execution_pb2
 from node_client.chain_view import ChainView, VerificationView
 from node_client.errors import Refusal, SigningRefusedError, StorageError
 from node_client.evidence_store import EvidenceStore, RecordedStage, StageResult
+from node_client.metrics import NodeMetrics
 from node_client.reexecution import Reexecution
 from node_client.session_store import replacements_from_messages
 from node_client.settings import NodeSettings
@@ -70,12 +71,13 @@ class ChainDuties:
         guard: SigningGuard,
         reexecution: Reexecution,
         tabs: TabDesk,
+        metrics: NodeMetrics,
         *,
         start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         self._settings, self._node, self._chain, self._submitter = settings, node, chain, submitter
         self._evidence, self._guard, self._reexecution, self._start = evidence, guard, reexecution, start
-        self._tabs = tabs
+        self._tabs, self._metrics = tabs, metrics
         self._wake = asyncio.Event()
         self._seen: Block | None = None
         # Block time before which a duty need not be looked at, unless an event names its request.
@@ -127,6 +129,7 @@ class ChainDuties:
         so a thousand requests that only wait out their challenge window cost nothing at each block.
         """
         head = await self._chain.head(fresh=True)
+        self._metrics.saw_head(head.number, head.timestamp)
         if self._seen is None or head.hash != self._seen.hash:
             await self._read_events(head)
         self.last_head = head
@@ -185,11 +188,13 @@ class ChainDuties:
                 # Otherwise an event may have come in between that asks for another look.
                 self._look_again[key] = again
             self._reported.pop(key, None)
+            self._metrics.duties.labels(what, "looked at").inc()
         except TransactionFailedError as error:
             # Another transaction of the same block changed what this one had to do, and its gas did not suffice.
             log.info("duty_overtaken", request_id=request_id.hex(), duty=what, detail=str(error))
             self.wake()
         except (ChainError, StorageError, SigningRefusedError, Refusal) as error:
+            self._metrics.duties.labels(what, type(error).__name__).inc()
             # Tried at each block: only a new reason is news.
             if self._reported.get(key) == type(error).__name__:
                 return
@@ -396,8 +401,10 @@ class ChainDuties:
             )
         except ContractError as error:
             if error.name not in _DONE_ERRORS:
+                self._metrics.transactions.labels(function, "refused").inc()
                 raise
             return
+        self._metrics.transactions.labels(function, "mined").inc()
         log.info(
             "duty_done", request_id=request_id.hex(), duty=function, block=receipt.block_number, gas=receipt.gas_used
         )

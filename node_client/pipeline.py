@@ -36,6 +36,7 @@ from bsns.v1 import common_pb2, execution_pb2
 from node_client.chain_view import ChainView, SigningDomains, StageView
 from node_client.errors import ErrorReason, Refusal, SigningRefusedError, StorageError, StorageFullError
 from node_client.evidence_store import EvidenceStore, StageResult
+from node_client.metrics import NodeMetrics
 from node_client.peers import PeerPool
 from node_client.session_store import (
     ExecutedStep,
@@ -231,6 +232,7 @@ class Pipeline:
         runtime: ShardRuntime,
         evidence: EvidenceStore,
         guard: SigningGuard,
+        metrics: NodeMetrics,
         *,
         start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         on_sealed: Callable[[], None],
@@ -239,6 +241,7 @@ class Pipeline:
         self._settings, self._signer, self._domains = settings, signer, domains
         self._sessions, self._runtime, self._evidence, self._guard = sessions, runtime, evidence, guard
         self._start, self._on_sealed, self._bandwidth_to = start, on_sealed, bandwidth_to
+        self._metrics = metrics
         self._recorder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bsns-recording")
         # Steps that it has not finished with.
         self._unrecorded = 0
@@ -728,6 +731,7 @@ class Pipeline:
             if not written:
                 self._repeat_output(session)
 
+        began = time.perf_counter()
         output = await self._runtime.step(
             session.executor,
             session.cache,
@@ -739,6 +743,7 @@ class Pipeline:
             write=write,
             deliver=count,
         )
+        self._count_step(session, step, output, time.perf_counter() - began)
         await self._await_recordings(session)
         # Submitted before anything else can be: statements about this step are checked after it.
         self._unrecorded += 1
@@ -751,6 +756,19 @@ class Pipeline:
             newest = output.drawn.tokens[-1]
             if session.is_final(newest, session.answer.count):
                 await self._end_here(session, session.reason_of(newest), session.answer.count)
+
+    def _count_step(self, session: Session, step: _Step, output: StepOutput, seconds: float) -> None:
+        metrics, stage = self._metrics, str(session.stage)
+        metrics.steps.labels(stage).inc()
+        metrics.rows.labels(stage).inc(step.rows)
+        metrics.step_duration.labels(stage, "token" if step.step else "prompt").observe(seconds)
+        metrics.hop_bytes.labels("in").inc(len(step.data))
+        metrics.hop_bytes.labels("out").inc(len(output.payload))
+
+    @property
+    def unrecorded(self) -> int:
+        """Steps that were executed and are not on disk yet."""
+        return self._unrecorded
 
     def _output_encoding(self, session: Session, rows: int) -> TensorEncoding:
         """How the rows of the session's next step travel: by setting, else by the measured link to the next stage."""
@@ -1009,6 +1027,7 @@ class Pipeline:
         if session.has_failed:
             return
         session.state = SessionState.SEALED
+        self._metrics.sessions_ended.labels("sealed").inc()
         self._answer_close(session)
         self._sessions.free_cache(session)
         self._deliver(session, recorded)
@@ -1031,6 +1050,7 @@ class Pipeline:
         if session.state is SessionState.FAILED or session.state is SessionState.SEALED:
             return
         session.state, session.failure = SessionState.FAILED, refusal
+        self._metrics.sessions_ended.labels("failed").inc()
         log.warning(
             "session_failed", request_id=session.request_id.hex(), stage=session.stage,
             reason=refusal.reason_name, detail=refusal.detail,

@@ -29,6 +29,7 @@ from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainError, InsufficientFundsError
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
+from bsns.health_server import HealthServerError, health_server
 from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.endpoints import is_loopback, split_endpoint
 from bsns.protocol.identifiers import address
@@ -51,6 +52,7 @@ from node_client.keystore import (
     read_private_key,
 )
 from node_client.link_probe import LinkProber, ProbeResponder
+from node_client.metrics import NodeMetrics
 from node_client.pipeline import Pipeline
 from node_client.reexecution import Reexecution
 from node_client.session_store import SessionStore
@@ -85,6 +87,7 @@ class Ready:
     node: ChecksumAddress
     operator: ChecksumAddress
     endpoint: str
+    health: str = ""
 
 
 def open_keystore(settings: NodeSettings, *, create: bool = False) -> Keystore:
@@ -209,6 +212,7 @@ class NodeService:
             task.add_done_callback(lambda _: work.close())
             return task
 
+        metrics = NodeMetrics()
         submitter = Submitter(client, signer)
         tabs = TabDesk(settings, signer, domains, chain, submitter, evidence, guard)
         sessions = SessionStore(
@@ -216,7 +220,7 @@ class NodeService:
         )
         self.sessions = sessions
         pipeline = Pipeline(
-            settings, signer, domains, chain, sessions, runtime, evidence, guard,
+            settings, signer, domains, chain, sessions, runtime, evidence, guard, metrics,
             start=start, on_sealed=lambda: duties.wake(),  # noqa: PLW0108 (made below)
             bandwidth_to=lambda node: prober.bandwidth_to(node),  # noqa: PLW0108 (made below)
         )  # fmt: skip
@@ -227,7 +231,7 @@ class NodeService:
         reexecution = Reexecution(settings, signer, domains, chain, runtime, pipeline.peers, clock=clock)
         self.reexecution = reexecution
         duties = ChainDuties(
-            settings, signer.address, chain, submitter, evidence, guard, reexecution, tabs, start=start
+            settings, signer.address, chain, submitter, evidence, guard, reexecution, tabs, metrics, start=start
         )
         servicer = ShardExecutionServicer(
             settings, signer.address, domains, chain, sessions, pipeline, runtime, evidence,
@@ -261,9 +265,30 @@ class NodeService:
                 await coordination.run(coordinators)
 
             start(_restarted("coordination", coordinate))
+        start(_restarted("metrics", lambda: metrics.follow(chain, signer.address, settings.data_dir)))
+        metrics.session_limit.set(settings.maximum_sessions)
+        metrics.gas_minimum.set(settings.gas_balance_minimum_wei)
+
+        def scraped() -> None:
+            metrics.sessions.set(sessions.active)
+            metrics.queue_depth.set(pipeline.unrecorded)
+            metrics.cache_free.set(sessions.free_cache_bytes)
+            metrics.evidence_used.set(evidence.bytes_used)
+            metrics.evidence_free.set(evidence.bytes_free)
+            metrics.is_ready.set(not sessions.draining)
+
+        def reason() -> str | None:
+            return "the node is being stopped" if sessions.draining else None
+
+        try:
+            health_endpoint = await stack.enter_async_context(
+                health_server(settings.health_listen, metrics.registry, reason, scraped)
+            )
+        except HealthServerError as error:
+            raise PortInUseError(str(error)) from error
         await checks.set("", health_pb2.HealthCheckResponse.SERVING)
         await checks.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
-        self.ready = Ready(signer.address, operator, endpoint)
+        self.ready = Ready(signer.address, operator, endpoint, health_endpoint)
         log.info("ready", node=signer.address, operator=operator, endpoint=endpoint)
         on_ready(self.ready)
         await self._stopping.wait()

@@ -47,6 +47,7 @@ class NodeSettings(BaseSettings):
     advertise: str | None = Field(
         default=None, description="host:port registered on chain; default: what is listened on"
     )
+    health_listen: str = Field(default="127.0.0.1:0", description="host:port of /healthz, /readyz and /metrics")
     coordinator: str | None = Field(
         default=None,
         description="host:port of a coordinator to attach to, or of several that stand in for one another, with commas "
@@ -203,7 +204,7 @@ class NodeSettings(BaseSettings):
                 split_endpoint(part.strip())
         return value
 
-    @field_validator("listen", "advertise")
+    @field_validator("listen", "advertise", "health_listen")
     @classmethod
     def _host_and_port(cls, value: str | None) -> str | None:
         if value is not None:
