@@ -19,6 +19,7 @@ KEEP        ?= 0
 PYTEST_WORKERS ?= 3
 PYTEST_ARGS ?=
 FORGE_ARGS  ?=
+FUZZ_ARGS   ?=
 BENCH_ARGS  ?=
 PYTHON      ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 
@@ -67,7 +68,7 @@ CLIENTS_STAMP   := tests/clients/node_modules/.installed
 TOPLOC          := toploc==0.1.6
 TOPLOC_STAMP    := build/toploc/.installed
 
-.PHONY: help setup contracts proto model demo test test-contracts test-python bench-sketch bench-planner bench-inference bench-compression bench-verification bench-routing bench-topology bench-scale bench-rebalancing bench-faults bench-cuda describe devnet fmt slither clean \
+.PHONY: help setup contracts proto model demo test fuzz docs test-contracts test-python bench-sketch bench-planner bench-inference bench-compression bench-verification bench-routing bench-topology bench-scale bench-rebalancing bench-faults bench-cuda describe devnet fmt slither clean \
 	check check-ruff check-format check-types check-imports check-proto check-contracts
 
 help: ## list the targets
@@ -165,6 +166,9 @@ test-contracts: setup ## the Solidity tests (FORGE_ARGS='--match-test name -vvv'
 
 test-python: contracts model $(CLIENTS_STAMP) ## the Python tests (PYTEST_ARGS='-k name -x')
 	@$(PY) -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+fuzz: contracts model ## 100,000 inputs at everything that strangers reach (FUZZ_ARGS='--seed 7 --scale 0.1')
+	@$(PY) -m tests.fuzz $(FUZZ_ARGS)
 
 # `make check` stops at the first that fails, `make -k check` runs them all.
 check: check-ruff check-format check-types check-imports check-proto check-contracts ## linters, formatters, types, import rules

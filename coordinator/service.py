@@ -30,6 +30,7 @@ from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainUnavailableError, ContractError, UnknownBlockError
 from bsns.chain.signer import Signer
 from bsns.health_server import HealthServerError, health_server
+from bsns.message_guard import MessageGuard
 from bsns.planning import Link
 from bsns.protocol.identifiers import ModelId
 from bsns.protocol.manifest import ManifestError, ModelManifest
@@ -302,6 +303,7 @@ class Coordinator:
     async def _start_server(self) -> grpc.aio.Server:
         settings = self._settings
         server = grpc.aio.server(
+            interceptors=(MessageGuard(),),
             maximum_concurrent_rpcs=settings.attached_nodes * 2,
             options=[
                 ("grpc.max_receive_message_length", settings.message_bytes),

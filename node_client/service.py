@@ -30,6 +30,7 @@ from bsns.chain.errors import ChainError, InsufficientFundsError
 from bsns.chain.signer import KeySigner
 from bsns.chain.submitter import Submitter
 from bsns.health_server import HealthServerError, health_server
+from bsns.message_guard import MessageGuard
 from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.endpoints import is_loopback, split_endpoint
 from bsns.protocol.identifiers import address
@@ -237,7 +238,11 @@ class NodeService:
             settings, signer.address, domains, chain, sessions, pipeline, runtime, evidence,
             ProbeResponder(settings, chain), tabs, clock=clock,
         )  # fmt: skip
-        server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=settings.maximum_concurrent_calls)
+        server = grpc.aio.server(
+            interceptors=(MessageGuard(),),
+            options=_SERVER_OPTIONS,
+            maximum_concurrent_rpcs=settings.maximum_concurrent_calls,
+        )
         execution_pb2_grpc.add_ShardExecutionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call, unused-ignore]
         checks = health.aio.HealthServicer()
         await checks.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
