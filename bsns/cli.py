@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -55,6 +56,11 @@ tab = typer.Typer(
     help="Money put down once for many requests: `bsns request --tab` pays out of it, without a transaction.",
 )
 app.add_typer(tab, name="tab")
+account = typer.Typer(
+    no_args_is_help=True,
+    help="An account of a gateway, for clients of OpenAI's API: the gateway holds what you deposit.",
+)
+app.add_typer(account, name="account")
 
 _Rpc = Annotated[str, typer.Option("--rpc", envvar="BSNS_RPC_URL", help="JSON-RPC endpoint of the chain.")]
 _DeploymentFile = Annotated[
@@ -117,6 +123,11 @@ _PromptIds = Annotated[
 ]
 _Prompt = Annotated[str | None, typer.Argument(help="What to ask; - reads standard input.", show_default=False)]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+_Gateway = Annotated[str, typer.Option("--gateway", envvar="BSNS_GATEWAY", help="Address of the gateway.")]
+_ApiKeyFile = Annotated[
+    Path,
+    typer.Option("--api-key-file", envvar="BSNS_API_KEY_FILE", help="File with the API key, readable by you only."),
+]
 _RequestId = Annotated[str, typer.Argument(help="Request id, 0x and 64 hexadecimal digits.", metavar="ID")]
 _RecordFile = Annotated[Path, typer.Argument(help="Record file.", metavar="RECORD")]
 
@@ -231,20 +242,22 @@ def request(
             rpc, deployment, key_file, password_file, state_dir, model_folder, share_prompt=share_prompt
         ) as client:
             asked = _asked(client, prompt, prompt_ids, image)
-            with _Stream(as_json) as stream:
-                async with _tab_of(client, on_tab, publisher, coordinator, coordinator_certificate) as used:
-                    answer = await client.request(
-                        asked,
-                        sampling,
-                        stop=stop or (),
-                        on_token=stream.token,
-                        on_progress=stream.progress,
-                        fee_wei=fee,
-                        publisher=publisher,
-                        wishes=wishes,
-                        wait_for_settlement=wait,
-                        tab=used,
-                    )
+            async with (
+                _tab_of(client, on_tab, publisher, coordinator, coordinator_certificate) as used,
+                await _view(client, asked, sampling.maximum_tokens, publisher, as_json) as stream,
+            ):
+                answer = await client.request(
+                    asked,
+                    sampling,
+                    stop=stop or (),
+                    on_token=stream.token,
+                    on_progress=stream.progress,
+                    fee_wei=fee,
+                    publisher=publisher,
+                    wishes=wishes,
+                    wait_for_settlement=wait,
+                    tab=used,
+                )
             shown = asked if token_ids and isinstance(asked, list) else None
             await _report_answer(client, answer, shown, record, token_ids, as_json)
 
@@ -317,6 +330,144 @@ def refund(
             typer.echo(f"{found.withdrawn_wei:,} wei are back at {client.address}")
 
     _run(run())
+
+
+# -------------------------------------------------------------------------------------------------------------- account
+
+
+@account.command("open")
+def account_open(
+    gateway: _Gateway,
+    key_file: _KeyFile,
+    api_key_file: Annotated[Path, typer.Option("--api-key-file", help="Where to write the API key (mode 600).")],
+    name: Annotated[str, typer.Option(help="What the key is for.")] = "bsns",
+    per_request_wei: Annotated[int | None, typer.Option(min=0, help="Most that a request with it costs.")] = None,
+    per_day_wei: Annotated[int | None, typer.Option(min=0, help="Most that it spends a day, UTC.")] = None,
+    password_file: _PasswordFile = None,
+    as_json: _Json = False,
+) -> None:
+    """An API key of a gateway for the account of your address, which is opened if it has none."""
+
+    async def run() -> None:
+        from bsns.requester.gateway_account import GatewayAccount
+
+        if api_key_file.exists():
+            raise _UsageError(f"{api_key_file} exists already: give another file, it may hold a key that is in use")
+        signer = _signer(key_file, password_file)
+        limits = {"per_request_wei": per_request_wei, "per_day_wei": per_day_wei}
+        async with GatewayAccount(gateway) as opened:
+            found = await opened.open(signer, name, limits)
+        with os.fdopen(os.open(api_key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(found["secret"] + "\n")
+        shown = {"account": found["account"]["id"], "key": found["id"], "api_key_file": str(api_key_file)}
+        if as_json:
+            _print_json(shown)
+        else:
+            _table("Account", {**shown, "next": f"OPENAI_BASE_URL={gateway}/v1 OPENAI_API_KEY=$(cat {api_key_file})"})
+
+    _run(run())
+
+
+@account.command("show")
+def account_show(
+    gateway: _Gateway,
+    api_key_file: _ApiKeyFile,
+    lines: Annotated[int, typer.Option(min=0, max=100, help="Lines of the statement.")] = 10,
+    as_json: _Json = False,
+) -> None:
+    """Balance, what the key may spend, and the statement."""
+
+    async def run() -> None:
+        from bsns.requester.gateway_account import GatewayAccount
+
+        async with GatewayAccount(gateway, _api_key(api_key_file)) as opened:
+            found = await opened.account()
+            movements = await opened.statement(lines) if lines else []
+        if as_json:
+            _print_json({**found, "movements": movements})
+            return
+        key = found["key"]
+        limits = {
+            name: f"{int(key[field]):,} wei"
+            for name, field in (("most for a request", "per_request_wei"), ("most for a day", "per_day_wei"))
+            if key[field] is not None
+        }
+        _table("Account", {
+            "balance": f"{int(found['balance_wei']):,} wei",
+            "spent today": f"{int(key['spent_today_wei']):,} wei",
+            **limits,
+            "address": str(found["address"]),
+        })  # fmt: skip
+        table = Table("when (UTC)", "what", "amount (wei)", "for")
+        for item in movements:
+            at = datetime.fromtimestamp(item["at"], UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
+            table.add_row(at, item["kind"], f"{int(item['amount_wei']):,}", item["reference"])
+        if movements:
+            Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+    _run(run())
+
+
+@account.command("deposit")
+def account_deposit(
+    amount: Annotated[int, typer.Argument(min=1, help="Wei to send to the gateway.")],
+    gateway: _Gateway,
+    api_key_file: _ApiKeyFile,
+    rpc: _Rpc,
+    deployment: _DeploymentFile,
+    key_file: _KeyFile,
+    password_file: _PasswordFile = None,
+    as_json: _Json = False,
+) -> None:
+    """Send money to the gateway from your address, and wait until it counts."""
+
+    async def run() -> None:
+        from bsns.chain.client import Web3ChainClient
+        from bsns.requester.gateway_account import GatewayAccount
+
+        signer = _signer(key_file, password_file)
+        async with (
+            GatewayAccount(gateway, _api_key(api_key_file)) as opened,
+            await Web3ChainClient.connect(rpc, _deployment(deployment)) as chain,
+        ):
+            found = await opened.deposit(chain, signer, amount, lambda text: typer.echo(f"· {text}", err=True))
+        if as_json:
+            _print_json(found)
+        else:
+            typer.echo(f"the account holds {int(found['balance_wei']):,} wei")
+
+    _run(run())
+
+
+@account.command("withdraw")
+def account_withdraw(
+    amount: Annotated[int, typer.Argument(min=1, help="Wei to take out.")],
+    gateway: _Gateway,
+    api_key_file: _ApiKeyFile,
+    as_json: _Json = False,
+) -> None:
+    """Take money out of the account; it goes to your address."""
+
+    async def run() -> None:
+        from bsns.requester.gateway_account import GatewayAccount
+
+        async with GatewayAccount(gateway, _api_key(api_key_file)) as opened:
+            found = await opened.withdraw(amount)
+        if as_json:
+            _print_json(found)
+        else:
+            typer.echo(f"{amount:,} wei are on their way to {found['recipient']} ({found['id']})")
+
+    _run(run())
+
+
+def _api_key(path: Path) -> str:
+    from bsns.chain.key_file import KeyFileError, read_secret
+
+    try:
+        return read_secret(path).decode(errors="replace").strip()
+    except KeyFileError as error:
+        raise _UsageError(str(error)) from error
 
 
 # ------------------------------------------------------------------------------------------------------------------ tab
@@ -716,6 +867,22 @@ def audit_report(
 # --------------------------------------------------------------------------------------------------------------- inside
 
 
+@contextlib.asynccontextmanager
+async def _shown(view: Any) -> Any:
+    with view:
+        yield view
+
+
+async def _view(client: Client, asked: Any, maximum_tokens: int, publisher: str | None, as_json: bool) -> Any:
+    """How an answer is shown: with its price and pace on a terminal, else as plain text."""
+    if as_json or not (sys.stdout.isatty() and sys.stderr.isatty()):
+        return _shown(_Stream(as_json))
+    from bsns.answer_view import AnswerView
+
+    quote = await client.quote(asked, maximum_tokens, publisher=publisher)
+    return _shown(AnswerView(Console(), quote.fee_per_token, quote.prompt_tokens, maximum_tokens))
+
+
 class _Stream:
     """Shows tokens and progress as they come: the text alone on standard output, or all of it on standard error
     beside JSON.
@@ -768,15 +935,18 @@ async def _report_answer(
             document["token_count"] = len(document.pop("token_ids"))
         _print_json(document)
         return
-    if sys.stderr.isatty():
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        from bsns.answer_view import summary
+
+        Console(stderr=True).print(summary(answer))
+    elif sys.stderr.isatty():
         rate = "" if answer.tokens_per_second is None else f", {answer.tokens_per_second:.1f} tokens/s"
         paid = "not settled yet" if answer.charged is None else f"{answer.charged:,} wei"
         typer.echo(f"· {answer.status}, {paid}, {len(answer.token_ids)} tokens{rate}", err=True)
-        if answer.charged is not None and answer.charged < answer.fee_wei:
-            typer.echo(f"· {answer.fee_wei - answer.charged:,} wei of the deposit are yours to take back:", err=True)
-            typer.echo(f"·   bsns refund 0x{answer.request_id.hex()}", err=True)
-        else:
-            typer.echo(f"· request 0x{answer.request_id.hex()}", err=True)
+        typer.echo(f"· request 0x{answer.request_id.hex()}", err=True)
+    if sys.stderr.isatty() and answer.charged is not None and answer.charged < answer.fee_wei:
+        typer.echo(f"· {answer.fee_wei - answer.charged:,} wei of the deposit are yours to take back:", err=True)
+        typer.echo(f"·   bsns refund 0x{answer.request_id.hex()}", err=True)
     if answer.finish_reason == "interrupted":
         typer.echo("bsns: the answer was interrupted: what did not arrive before cannot be had any more", err=True)
 
@@ -845,6 +1015,7 @@ def _exit_codes() -> Iterator[None]:
         errors.InsufficientFundsError,
         errors.RefundNotDueError,
         errors.TicketRefusedError,
+        errors.GatewayRefusedError,
         ContractError,
         InsufficientFundsError,
     ) as error:

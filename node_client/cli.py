@@ -43,7 +43,9 @@ EXIT_UNAVAILABLE: Final = 4
 WEI: Final = 10**18
 _CLOCK_SKEW_SECONDS: Final = 60
 _LOW_DISK_BYTES: Final = 1024**3
+_LOW_MEMORY_BYTES: Final = 2 * 1024**3
 _SWITCH_SECONDS: Final = 0.0002
+_WATCH_SECONDS: Final = 2.0
 
 Result = TypeVar("Result")
 
@@ -96,6 +98,9 @@ SpeculationTokens = Annotated[
         help="most that are drafted at once from what the text repeats, as the last stage; 0: none",
     ),
 ]
+HealthListen = Annotated[
+    str | None, typer.Option("--health-listen", help="host:port of /healthz, /readyz and /metrics")
+]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="show the effective settings and end")]
 
 
@@ -113,23 +118,28 @@ def join(
     device: Device = None,
     arithmetic: Arithmetic = None,
     speculation_tokens: SpeculationTokens = None,
+    health_listen: HealthListen = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="prepare this model first, and check the hashes of its weights; repeatable"),
+    ] = None,
     password_file: PasswordFile = None,
     operator_key_file: OperatorKeyFile = None,
     config: Config = None,
     print_config: PrintConfig = False,
 ) -> None:
     """Make keys, fund and register what is missing, then serve. Run it again after a crash: it goes on."""
-    _serve(
-        _settings(
-            config,
-            rpc_url=rpc, deployment=deployment, data_dir=data_dir, listen=listen, advertise=advertise,
-            coordinator=coordinator, model_cache=model_cache, threads=threads, device=device, arithmetic=arithmetic,
-            speculation_tokens=speculation_tokens, password_file=password_file,
-            operator_key_file=operator_key_file, stake_wei=None if stake is None else _wei(stake),
-        ),
-        print_config,
-        register=True,
+    settings = _settings(
+        config,
+        rpc_url=rpc, deployment=deployment, data_dir=data_dir, listen=listen, advertise=advertise,
+        coordinator=coordinator, model_cache=model_cache, threads=threads, device=device, arithmetic=arithmetic,
+        speculation_tokens=speculation_tokens, health_listen=health_listen, password_file=password_file,
+        operator_key_file=operator_key_file, stake_wei=None if stake is None else _wei(stake),
     )  # fmt: skip
+    if not print_config:
+        for name in model or ():
+            _prepare(name, settings)
+    _serve(settings, print_config, register=True)
 
 
 @app.command()
@@ -145,6 +155,7 @@ def serve(
     device: Device = None,
     arithmetic: Arithmetic = None,
     speculation_tokens: SpeculationTokens = None,
+    health_listen: HealthListen = None,
     password_file: PasswordFile = None,
     config: Config = None,
     print_config: PrintConfig = False,
@@ -155,7 +166,7 @@ def serve(
             config,
             rpc_url=rpc, deployment=deployment, data_dir=data_dir, listen=listen, advertise=advertise,
             coordinator=coordinator, model_cache=model_cache, threads=threads, device=device, arithmetic=arithmetic,
-            speculation_tokens=speculation_tokens, password_file=password_file,
+            speculation_tokens=speculation_tokens, health_listen=health_listen, password_file=password_file,
         ),
         print_config,
         register=False,
@@ -168,6 +179,7 @@ def status(
     deployment: DeploymentFile = None,
     data_dir: DataDir = None,
     config: Config = None,
+    watch: Annotated[bool, typer.Option("--watch", help="look again every two seconds until Ctrl-C")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What the chain says about this node: status, stake, duties, credits."""
@@ -195,6 +207,9 @@ def status(
             "block": head.number,
         }
 
+    if watch and not as_json:
+        _watch(settings, read)
+        return
     _show(_run(_with_client(settings, read)), as_json)
 
 
@@ -492,6 +507,13 @@ async def _diagnose(settings: NodeSettings) -> list[tuple[str, bool, str]]:
     place = settings.data_dir if settings.data_dir.exists() else Path.cwd()
     free = shutil.disk_usage(place).free
     findings.append(("disk", free >= _LOW_DISK_BYTES, f"{free // 1024**2} MiB free"))
+    memory = _memory_bytes()
+    wanted = settings.weight_memory_bytes + settings.cache_memory_bytes
+    findings.append((
+        "memory", memory >= _LOW_MEMORY_BYTES,
+        f"{memory // 1024**2} MiB; weights and caches may take {wanted // 1024**2} MiB (weight_memory_bytes, "
+        "cache_memory_bytes)",
+    ))  # fmt: skip
     host, port = split_endpoint(settings.listen)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         try:
@@ -502,17 +524,79 @@ async def _diagnose(settings: NodeSettings) -> list[tuple[str, bool, str]]:
     return findings
 
 
+def _memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _show(content: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(content))
         return
     from rich.console import Console
+
+    Console().print(_table(content))
+
+
+def _table(content: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
     for key, value in content.items():
         table.add_row(key.removesuffix("_wei").replace("_", " "), _coins(value) if key.endswith("_wei") else str(value))
-    Console().print(table)
+    return table
+
+
+def _watch(settings: NodeSettings, read: Callable[[Web3ChainClient], Coroutine[Any, Any, dict[str, Any]]]) -> None:
+    """The table of `read`, again and again, with what has changed since the last look marked."""
+    from rich.live import Live
+    from rich.text import Text
+
+    async def follow(client: Web3ChainClient) -> None:
+        before: dict[str, Any] = {}
+        with Live(auto_refresh=False) as live:
+            while True:
+                try:
+                    now = await read(client)
+                    picture = _table(now)
+                    changed = [key.replace("_", " ") for key in now if key != "block" and before.get(key) != now[key]]
+                    if before and changed:
+                        picture.add_row("changed", Text(", ".join(changed), style="bold"))
+                    before = now
+                except ChainError as error:
+                    picture = Text(f"the chain does not answer, asked again in a moment: {error}", style="yellow")
+                live.update(picture, refresh=True)
+                await asyncio.sleep(_WATCH_SECONDS)
+
+    try:
+        _run(_with_client(settings, follow))
+    except KeyboardInterrupt:
+        return
+
+
+def _prepare(name: str, settings: NodeSettings) -> None:
+    """A model in the cache with its weights' hashes checked; progress on standard error."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from bsns.runtime.prepare import PreparationError, prepare
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"model {name}", total=None)
+
+        def report(line: str) -> None:
+            progress.update(task, description=f"model {name}: {line}")
+            if not console.is_terminal:
+                typer.echo(f"model {name}: {line}", err=True)
+
+        try:
+            # The cache of the settings is the folder that holds models/.
+            folder = prepare(name, settings.model_cache, verify=True, report=report)
+        except (PreparationError, OSError) as error:
+            raise _failure(f"model {name} cannot be prepared: {error}", EXIT_USAGE) from error
+    typer.echo(f"model {name}: ready in {folder}, every hash as its manifest says", err=True)
 
 
 def _wei(coins: str) -> int:

@@ -7,6 +7,7 @@ RequesterError
 ├── InsufficientFundsError  the account cannot pay the deposit, or the gas of a transaction
 ├── ChainRefusedError       the contracts refused a transaction
 ├── TicketRefusedError      the collector of a tab refused a ticket, or what belongs to one
+├── GatewayRefusedError     a gateway refused what was asked of an account
 ├── RefundNotDueError       the deposit is still in use; `seconds_left` until it can be taken back
 └── NotServedError          paid, but not answered: the deposit can be taken back
     └── AnswerInvalidError  what came back is not what the nodes signed
@@ -50,6 +51,14 @@ class TicketRefusedError(RequesterError):
 
     def __init__(self, message: str, reason: str) -> None:
         self.reason = reason
+        super().__init__(message)
+
+
+class GatewayRefusedError(RequesterError):
+    """A gateway refused what was asked of an account. `code` is its error code, None if it gave none."""
+
+    def __init__(self, message: str, code: str | None) -> None:
+        self.code = code
         super().__init__(message)
 
 

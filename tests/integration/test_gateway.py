@@ -438,6 +438,41 @@ def test_account_is_opened_by_signature_filled_and_emptied_on_the_chain(network:
         assert http.get("/v1/account").status_code == 401
 
 
+def test_account_from_the_command_line(network: GatewayNetwork, tmp_path: Path) -> None:
+    devnet = network.devnet
+    network.funded_key("typist")
+    key_file, api_key_file = devnet.folder / "keys/typist.key", tmp_path / "api.key"
+    mine = ["--gateway", network.url, "--api-key-file", str(api_key_file)]
+    chain = ["--rpc", devnet.rpc_url, "--deployment", str(devnet.deployment_file), "--key-file", str(key_file)]
+
+    def bsns(*arguments: str) -> Any:
+        done = network.run(run_command([sys.executable, "-m", "bsns.cli", "account", *arguments, "--json"]))
+        assert done.status == 0, done.error
+        return json.loads(done.output)
+
+    opened = bsns("open", *mine, "--key-file", str(key_file), "--per-day-wei", str(10**16))
+    assert api_key_file.stat().st_mode & 0o777 == 0o600
+    secret = api_key_file.read_text().strip()
+    assert secret not in json.dumps(opened)
+    assert bsns("deposit", str(10**15), *mine, *chain)["balance_wei"] == str(10**15)
+    with network.client(secret) as client:
+        ask(client, network.model, max_tokens=2)
+    shown = bsns("show", *mine)
+    assert int(shown["balance_wei"]) < 10**15
+    assert shown["key"]["per_day_wei"] == str(10**16)
+    assert [item["kind"] for item in shown["movements"]][-2:] == ["hold", "deposit"]
+    # A key with a limit takes nothing out, and says so.
+    refused_ = network.run(run_command([sys.executable, "-m", "bsns.cli", "account", "withdraw", "1", *mine]))
+    assert (refused_.status, "spending limit" in refused_.error) == (3, True)
+    again = network.run(
+        run_command([sys.executable, "-m", "bsns.cli", "account", "open", *mine, "--key-file", str(key_file)])
+    )
+    assert (again.status, "exists already" in again.error) == (2, True)
+    plain = ["--gateway", "http://gateway.example", "--api-key-file", str(api_key_file)]
+    clear = network.run(run_command([sys.executable, "-m", "bsns.cli", "account", "show", *plain]))
+    assert (clear.status, "not on loopback" in clear.error) == (2, True)
+
+
 def signed_request(signer: KeySigner, about: dict[str, Any], name: str, lifetime_s: int = 300) -> dict[str, Any]:
     # Rounded, so that the same request twice is the same signature.
     deadline = (int(time.time()) // 60) * 60 + lifetime_s + (60 if lifetime_s > 0 else -60)
