@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-import click
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
@@ -112,7 +111,7 @@ _TOKENS: Final = (
 )  # fmt: skip
 
 
-def arguments(command: click.Command, path: Sequence[str]) -> st.SearchStrategy[list[str]]:
+def arguments(command: Any, path: Sequence[str]) -> st.SearchStrategy[list[str]]:
     """Arguments of a command: its own options and unknown ones, with values that do and do not fit."""
     names = [name for parameter in command.params for name in parameter.opts if name.startswith("-")]
     values = st.one_of(
@@ -126,10 +125,10 @@ def arguments(command: click.Command, path: Sequence[str]) -> st.SearchStrategy[
     return parts.map(lambda found: [*path, *(item for part in found for item in part)])
 
 
-def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Every command below a group."""
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command below a group. By what it has: Typer brings a click of its own."""
     for name, command in group.commands.items():
-        if isinstance(command, click.Group):
+        if hasattr(command, "commands"):
             yield from commands(command, (*path, name))
         else:
             yield (*path, name), command

@@ -21,8 +21,8 @@ from typing import Any, Final
 import grpc
 import httpx2
 import typer.main
-from click.testing import CliRunner
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from typer.testing import CliRunner
 
 from bsns.v1 import coordination_pb2, execution_pb2, tabs_pb2
 from tests.fuzz import inputs
@@ -237,9 +237,9 @@ def fuzz_commands(count: int, seed_: int) -> Tally:
                     continue
                 runner = CliRunner()
 
-                def body(arguments: list[str], name: str = name, group: Any = group, runner: Any = runner) -> None:
+                def body(arguments: list[str], name: str = name, to: Any = application, runner: Any = runner) -> None:
                     tally.tried += 1
-                    done = runner.invoke(group, arguments, catch_exceptions=True, input="")
+                    done = runner.invoke(to, arguments, catch_exceptions=True, input="")
                     error = done.exception
                     if error is not None and not isinstance(error, SystemExit):
                         tally.crash(f"{name} {arguments!r}: {type(error).__name__}: {error}")
