@@ -68,7 +68,7 @@ CLIENTS_STAMP   := tests/clients/node_modules/.installed
 TOPLOC          := toploc==0.1.6
 TOPLOC_STAMP    := build/toploc/.installed
 
-.PHONY: help setup contracts proto model demo test fuzz docs test-contracts test-python bench-sketch bench-planner bench-inference bench-compression bench-verification bench-routing bench-topology bench-scale bench-rebalancing bench-faults bench-cuda describe devnet fmt slither clean \
+.PHONY: help setup contracts proto model demo test fuzz pictures docs test-contracts test-python bench-sketch bench-planner bench-inference bench-compression bench-verification bench-routing bench-topology bench-scale bench-rebalancing bench-faults bench-cuda describe devnet fmt slither clean \
 	check check-ruff check-format check-types check-imports check-proto check-contracts
 
 help: ## list the targets
@@ -170,8 +170,15 @@ test-python: contracts model $(CLIENTS_STAMP) ## the Python tests (PYTEST_ARGS='
 fuzz: contracts model ## 100,000 inputs at everything that strangers reach (FUZZ_ARGS='--seed 7 --scale 0.1')
 	@$(PY) -m tests.fuzz $(FUZZ_ARGS)
 
+pictures: contracts model ## pictures of the explorer and of a terminal session for the docs; needs chromium
+	@$(PY) -m tests.browser.pictures
+
+docs: setup ## the documentation as pages in build/docs; warnings are errors
+	@echo '>> mkdocs build'
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+
 # `make check` stops at the first that fails, `make -k check` runs them all.
-check: check-ruff check-format check-types check-imports check-proto check-contracts ## linters, formatters, types, import rules
+check: check-ruff check-format check-types check-imports check-proto check-contracts docs ## linters, formatters, types, import rules
 
 check-ruff: setup
 	@echo '>> ruff check'
