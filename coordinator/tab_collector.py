@@ -10,6 +10,7 @@ the chain through the outbox alone. Routes as the escrow's requests are routed.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -42,6 +43,7 @@ from bsns.protocol.tabs import (
     wei_bytes,
 )
 from bsns.protocol.typed_data import Domain, is_signed_by
+from bsns.tracing import RequestTracer
 from bsns.v1 import coordination_pb2, tabs_pb2
 from coordinator.dispatch.node_pool import NodePool
 from coordinator.dispatch.request_routing import RequestRouting
@@ -99,11 +101,12 @@ class TabCollector:
         *,
         limits: TabLimits,
         chain_now: Callable[[], int],
+        tracer: RequestTracer,
         run_blocking: WorkerThread = asyncio.to_thread,
     ) -> None:
         self._storage, self._chain, self._outbox, self._pool, self._routing = storage, chain, outbox, pool, routing
         self._signer, self._domain, self._limits = signer, domain, limits
-        self._now, self._blocking = chain_now, run_blocking
+        self._now, self._blocking, self._tracer = chain_now, run_blocking, tracer
         self._terms: _Terms | None = None
         # One change at a time: numbers, and what a tab covers, are read before they are written.
         self._lock = asyncio.Lock()
@@ -137,6 +140,7 @@ class TabCollector:
 
     async def take(self, message: tabs_pb2.SignedTicket, avoid: Iterable[str]) -> TicketGrant:
         """Take a ticket and choose a route for it; Refusal if it cannot be served and paid."""
+        began = time.time()
         try:
             signed = SignedTicket.from_message(message)
             request = signed.check(self._domain)
@@ -146,7 +150,9 @@ class TabCollector:
             known = await self._blocking(lambda: self._storage.ticket(request))
             if known is not None:
                 return TicketGrant.from_message(_grant(known))
-            return await self._take(signed, request, frozenset(avoid))
+            grant = await self._take(signed, request, frozenset(avoid))
+        self._tracer.span(request, "take ticket", began, {"bsns.stages": len(grant.route)})
+        return grant
 
     async def _take(self, signed: SignedTicket, request: RequestId, avoid: frozenset[str]) -> TicketGrant:
         ticket, terms, now = signed.ticket, await self._terms_of(), self._now()

@@ -11,6 +11,7 @@ and the coordinator does.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Final
@@ -30,6 +31,7 @@ from bsns.chain.submitter import Submitter
 from bsns.protocol.contract_states import Phase, RequestStatus
 from bsns.protocol.hand_over import Contradiction
 from bsns.protocol.identifiers import ZERO_HASH
+from bsns.tracing import Facts, RequestTracer
 from bsns.v1 import execution_pb2
 from node_client.chain_view import ChainView, VerificationView
 from node_client.errors import Refusal, SigningRefusedError, StorageError
@@ -72,12 +74,13 @@ class ChainDuties:
         reexecution: Reexecution,
         tabs: TabDesk,
         metrics: NodeMetrics,
+        tracer: RequestTracer,
         *,
         start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         self._settings, self._node, self._chain, self._submitter = settings, node, chain, submitter
         self._evidence, self._guard, self._reexecution, self._start = evidence, guard, reexecution, start
-        self._tabs, self._metrics = tabs, metrics
+        self._tabs, self._metrics, self._tracer = tabs, metrics, tracer
         self._wake = asyncio.Event()
         self._seen: Block | None = None
         # Block time before which a duty need not be looked at, unless an event names its request.
@@ -312,7 +315,10 @@ class ChainDuties:
         for stage in seated:
             result = self._evidence.attestation(request_id, verification.round, stage)
             if result is None:
+                began = time.time()
                 judged = await self._reexecution.judge(request_id, stage, give_up)
+                facts: Facts = {"bsns.stage": stage, "bsns.round": verification.round, "bsns.node": self._node}
+                self._tracer.span(request_id, f"compute stage {stage} again", began, facts)
                 for found in judged.contradictions:
                     await asyncio.to_thread(self._evidence.save_contradiction, request_id, found)
                 result = await asyncio.to_thread(
@@ -395,6 +401,7 @@ class ChainDuties:
         return result.commitment(request_id, round_, stage, self._node)
 
     async def _send(self, request_id: bytes, function: str, *arguments: Any) -> None:
+        began = time.time()
         try:
             receipt = await self._submitter.submit(
                 VERIFICATION, function, request_id, *arguments, timeout_s=self._settings.transaction_timeout_seconds
@@ -405,6 +412,7 @@ class ChainDuties:
                 raise
             return
         self._metrics.transactions.labels(function, "mined").inc()
+        self._tracer.span(request_id, function, began, {"bsns.node": self._node, "bsns.gas": receipt.gas_used})
         log.info(
             "duty_done", request_id=request_id.hex(), duty=function, block=receipt.block_number, gas=receipt.gas_used
         )

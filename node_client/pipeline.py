@@ -32,6 +32,7 @@ from bsns.protocol.replacement import StageReplacement, witness_of
 from bsns.protocol.sketch import SketchError
 from bsns.protocol.typed_data import HAND_OVER, is_signed_by, signing_digest
 from bsns.runtime.activation_codec import TensorEncoding, encoding_for_link, takes_blockwise
+from bsns.tracing import Facts, RequestTracer
 from bsns.v1 import common_pb2, execution_pb2
 from node_client.chain_view import ChainView, SigningDomains, StageView
 from node_client.errors import ErrorReason, Refusal, SigningRefusedError, StorageError, StorageFullError
@@ -233,6 +234,7 @@ class Pipeline:
         evidence: EvidenceStore,
         guard: SigningGuard,
         metrics: NodeMetrics,
+        tracer: RequestTracer,
         *,
         start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         on_sealed: Callable[[], None],
@@ -241,7 +243,7 @@ class Pipeline:
         self._settings, self._signer, self._domains = settings, signer, domains
         self._sessions, self._runtime, self._evidence, self._guard = sessions, runtime, evidence, guard
         self._start, self._on_sealed, self._bandwidth_to = start, on_sealed, bandwidth_to
-        self._metrics = metrics
+        self._metrics, self._tracer = metrics, tracer
         self._recorder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bsns-recording")
         # Steps that it has not finished with.
         self._unrecorded = 0
@@ -764,6 +766,18 @@ class Pipeline:
         metrics.step_duration.labels(stage, "token" if step.step else "prompt").observe(seconds)
         metrics.hop_bytes.labels("in").inc(len(step.data))
         metrics.hop_bytes.labels("out").inc(len(output.payload))
+        if not step.step:
+            facts: Facts = {"bsns.stage": session.stage, "bsns.rows": step.rows}
+            self._tracer.span(session.request_id, f"stage {session.stage} prompt", time.time() - seconds, facts)
+
+    def _trace_session(self, session: Session, failed: str | None = None) -> None:
+        """The whole of a stage, from the opening of its session."""
+        began = time.time() - (time.monotonic() - session.opened_at)
+        facts: Facts = {
+            "bsns.stage": session.stage, "bsns.node": self._signer.address, "bsns.steps": len(session.executed),
+            "bsns.first_unit": session.executor.first_unit, "bsns.end_unit": session.executor.end_unit,
+        }  # fmt: skip
+        self._tracer.span(session.request_id, f"stage {session.stage}", began, facts, failed=failed)
 
     @property
     def unrecorded(self) -> int:
@@ -1028,6 +1042,7 @@ class Pipeline:
             return
         session.state = SessionState.SEALED
         self._metrics.sessions_ended.labels("sealed").inc()
+        self._trace_session(session)
         self._answer_close(session)
         self._sessions.free_cache(session)
         self._deliver(session, recorded)
@@ -1051,6 +1066,7 @@ class Pipeline:
             return
         session.state, session.failure = SessionState.FAILED, refusal
         self._metrics.sessions_ended.labels("failed").inc()
+        self._trace_session(session, refusal.reason_name)
         log.warning(
             "session_failed", request_id=session.request_id.hex(), stage=session.stage,
             reason=refusal.reason_name, detail=refusal.detail,

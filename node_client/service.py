@@ -36,6 +36,7 @@ from bsns.protocol.endpoints import is_loopback, split_endpoint
 from bsns.protocol.identifiers import address
 from bsns.protocol.typed_data import NODE_KEY_PROOF, signing_digest
 from bsns.runtime.executor import open_stage
+from bsns.tracing import TracingUnavailableError, tracer
 from bsns.v1 import execution_pb2, execution_pb2_grpc
 from node_client.chain_duties import ChainDuties
 from node_client.chain_view import ChainView, SigningDomains
@@ -214,6 +215,11 @@ class NodeService:
             return task
 
         metrics = NodeMetrics()
+        try:
+            tracing = tracer("bsns-node", settings.otlp_endpoint)
+        except TracingUnavailableError as error:
+            raise SettingsError(str(error)) from error
+        stack.push_async_callback(asyncio.to_thread, tracing.close)
         submitter = Submitter(client, signer)
         tabs = TabDesk(settings, signer, domains, chain, submitter, evidence, guard)
         sessions = SessionStore(
@@ -221,7 +227,7 @@ class NodeService:
         )
         self.sessions = sessions
         pipeline = Pipeline(
-            settings, signer, domains, chain, sessions, runtime, evidence, guard, metrics,
+            settings, signer, domains, chain, sessions, runtime, evidence, guard, metrics, tracing,
             start=start, on_sealed=lambda: duties.wake(),  # noqa: PLW0108 (made below)
             bandwidth_to=lambda node: prober.bandwidth_to(node),  # noqa: PLW0108 (made below)
         )  # fmt: skip
@@ -232,7 +238,17 @@ class NodeService:
         reexecution = Reexecution(settings, signer, domains, chain, runtime, pipeline.peers, clock=clock)
         self.reexecution = reexecution
         duties = ChainDuties(
-            settings, signer.address, chain, submitter, evidence, guard, reexecution, tabs, metrics, start=start
+            settings,
+            signer.address,
+            chain,
+            submitter,
+            evidence,
+            guard,
+            reexecution,
+            tabs,
+            metrics,
+            tracing,
+            start=start,
         )
         servicer = ShardExecutionServicer(
             settings, signer.address, domains, chain, sessions, pipeline, runtime, evidence,

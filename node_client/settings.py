@@ -48,6 +48,9 @@ class NodeSettings(BaseSettings):
         default=None, description="host:port registered on chain; default: what is listened on"
     )
     health_listen: str = Field(default="127.0.0.1:0", description="host:port of /healthz, /readyz and /metrics")
+    otlp_endpoint: str | None = Field(
+        default=None, description="OpenTelemetry collector (http://host:4318) for traces; none are made without"
+    )
     coordinator: str | None = Field(
         default=None,
         description="host:port of a coordinator to attach to, or of several that stand in for one another, with commas "

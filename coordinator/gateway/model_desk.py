@@ -24,6 +24,7 @@ from bsns.requester.client import Answer, Client, Quote, RouteNode
 from bsns.requester.errors import InvalidRequestError, NotServedError, RequesterError, UnavailableError
 from bsns.requester.journal import Journal, JournalEntry
 from bsns.requester.tab import Tab
+from bsns.tracing import Facts, RequestTracer
 from coordinator.gateway.errors import ApiError, of_requester, of_storage, too_many, unavailable
 from coordinator.gateway.metrics import GatewayMetrics
 from coordinator.gateway.settings import GatewaySettings
@@ -163,12 +164,13 @@ class ModelDesk:
         book: AccountBook,
         settings: GatewaySettings,
         metrics: GatewayMetrics,
+        tracer: RequestTracer,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.models = models
         self._tab, self._journal, self._book, self._settings = tab, journal, book, settings
-        self._metrics, self._clock = metrics, clock
+        self._metrics, self._tracer, self._clock = metrics, tracer, clock
         self._slots = asyncio.Semaphore(settings.requests_in_flight)
         self._waiting = 0
         self._running: set[asyncio.Task[None]] = set()
@@ -334,6 +336,17 @@ class ModelDesk:
         raise AssertionError("unreachable")
 
     async def _ask(self, generation: Generation, number: int, progress: _Progress) -> Answer:
+        began, failed = time.time(), "not answered"
+        try:
+            answer = await self._asked(generation, number, progress)
+            failed = ""
+            return answer
+        finally:
+            if progress.request_id is not None:
+                facts: Facts = {"bsns.model": generation.job.model.name, "bsns.tokens": progress.tokens}
+                self._tracer.span(progress.request_id, "request", began, facts, failed=failed or None, is_root=True)
+
+    async def _asked(self, generation: Generation, number: int, progress: _Progress) -> Answer:
         job = generation.job
         choice = job.choices[number]
         try:

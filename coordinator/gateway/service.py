@@ -38,6 +38,7 @@ from bsns.requester.collector import CollectorConnection
 from bsns.requester.errors import RequesterError, UnavailableError
 from bsns.requester.journal import Journal
 from bsns.requester.tab import Tab
+from bsns.tracing import TracingUnavailableError, tracer
 from coordinator.gateway.access import Access
 from coordinator.gateway.account_api import AccountApi
 from coordinator.gateway.errors import ApiError, of_requester, of_storage, unavailable
@@ -86,7 +87,11 @@ class Gateway:
         self.treasury = Treasury(patient, signer, tab, self.book, storage, settings, self.metrics, clock=clock)
         self.live = Live(storage, settings.live_viewers, self.metrics)
         self.explorer = Explorer(storage, patient, deployment, settings, self.metrics, self.live, clock)
-        self.desk = ModelDesk(models, tab, journal, self.book, settings, self.metrics, clock=clock)
+        try:
+            self.tracing = tracer("bsns-gateway", settings.otlp_endpoint)
+        except TracingUnavailableError as error:
+            raise SettingsError(str(error)) from error
+        self.desk = ModelDesk(models, tab, journal, self.book, settings, self.metrics, self.tracing, clock=clock)
         self.app = self._application(deployment.chain_id)
 
     def stop(self) -> None:
@@ -147,6 +152,8 @@ class Gateway:
                         loop.cancel()
             except HealthServerError as error:
                 raise SettingsError(str(error)) from error
+            finally:
+                await asyncio.to_thread(self.tracing.close)
 
     def _on_scrape(self) -> None:
         self.metrics.is_ready.set(self.not_ready_because is None)

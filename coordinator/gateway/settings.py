@@ -35,6 +35,9 @@ class GatewaySettings(BaseSettings):
     migrate_on_start: bool = Field(default=True, description="bring the tables to this release before serving")
     listen: str = Field(default="127.0.0.1:0", description="host:port of HTTP; port 0 takes a free one")
     health_listen: str = Field(default="127.0.0.1:0", description="host:port of /healthz, /readyz and /metrics")
+    otlp_endpoint: str | None = Field(
+        default=None, description="OpenTelemetry collector (http://host:4318) for traces; none are made without"
+    )
     certificate_file: Path | None = Field(default=None, description="PEM certificate; required off loopback")
     certificate_key_file: Path | None = Field(default=None, description="PEM key of the certificate")
     public_url: str | None = Field(default=None, description="as users reach it, for links; default: from listen")

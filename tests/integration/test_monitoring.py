@@ -17,7 +17,9 @@ import pytest
 import yaml
 
 from bsns.runtime.prepare import prepare
+from bsns.tracing import trace_ids
 from tests.integration.gateway_network import GatewayNetwork, running_gateway
+from tests.unit.test_tracing import Collector
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 WAIT_S = 60.0
@@ -94,9 +96,47 @@ def until(condition: Any, what: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayNetwork]:
-    with running_gateway(tmp_path_factory.mktemp("monitored"), prepare()) as found:
-        yield found
+def collector() -> Iterator[Collector]:
+    found = Collector()
+    yield found
+    found.stop()
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[GatewayNetwork]:
+    with pytest.MonkeyPatch.context() as patch:
+        for service in ("NODE", "COORDINATOR", "GATEWAY"):
+            patch.setenv(f"BSNS_{service}_OTLP_ENDPOINT", collector.url)
+        with running_gateway(tmp_path_factory.mktemp("monitored"), prepare()) as found:
+            yield found
+
+
+def test_one_request_is_one_trace_across_all_hops(network: GatewayNetwork, collector: Collector) -> None:
+    with network.client(network.account()) as client:
+        answer = client.chat.completions.create(
+            model=network.model, messages=[{"role": "user", "content": "Hello"}], max_tokens=3
+        )
+    request = bytes.fromhex(answer.model_extra["bsns"]["requests"][0]["request_id"][2:])  # type: ignore[index]
+    trace, root = trace_ids(request)
+    wanted = {
+        ("bsns-gateway", "request"), ("bsns-coordinator", "take ticket"), ("bsns-node", "stage 0"),
+        ("bsns-node", "stage 0 prompt"), ("bsns-node", "stage 1"), ("bsns-node", "stage 1 prompt"),
+    }  # fmt: skip
+
+    def mine() -> list[Any]:
+        return [item for item in collector.spans if int.from_bytes(item[1].trace_id) == trace]
+
+    until(lambda: wanted <= {(service, span.name) for service, span in mine()}, "all spans came")
+    for service, span in mine():
+        if service == "bsns-gateway":
+            assert int.from_bytes(span.span_id) == root
+        else:
+            assert int.from_bytes(span.parent_span_id) == root
+    nodes = {
+        item.value.string_value for _, span in mine() if span.name.startswith("stage") for item in span.attributes
+        if item.key == "bsns.node"
+    }  # fmt: skip
+    assert nodes == {child.ready["node"] for child in network.devnet.nodes}
 
 
 def test_rules_are_valid_and_fire_when_they_should() -> None:

@@ -97,6 +97,14 @@ def test_systemd_units_start_what_there_is(name: str) -> None:
     assert unit["Service"]["NoNewPrivileges"] == "true"
 
 
+def test_hashes_are_of_what_is_locked() -> None:
+    """Of all but torch, whose builds differ from place to place."""
+    lock = (DEPLOY.parent / "requirements.lock").read_text().splitlines()
+    text = (DEPLOY.parent / "requirements.hashes").read_text()
+    hashed = dict(re.findall(r"^(\S+==\S+) --hash=sha256:([0-9a-f]{64})$", text, re.M))
+    assert [line for line in lock if "==" in line and not line.startswith("torch==")] == list(hashed)
+
+
 def test_image_is_built_of_what_is_in_the_repository() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.M):
