@@ -159,6 +159,17 @@ class Journal:
         found = [self.read(bytes.fromhex(path.stem[2:])) for path in paths]
         return tuple(sorted(found, key=lambda item: (item.created_at, item.request_id)))
 
+    def request_ids(self) -> list[RequestId]:
+        """All requests of this folder, in no order; their entries are not read."""
+        return [RequestId(bytes.fromhex(path.stem[2:])) for path in self._folder.glob("0x*.json")]
+
+    def forget(self, request_id: bytes) -> None:
+        """Remove an entry. Its secrets are nowhere else: only when nothing can be asked about it any more."""
+        try:
+            self._path(request_id).unlink(missing_ok=True)
+        except OSError as error:
+            raise JournalError(f"cannot remove {self._path(request_id)} ({error.strerror})") from error
+
     def _path(self, request_id: bytes) -> Path:
         return self._folder / f"0x{request_id.hex()}.json"
 

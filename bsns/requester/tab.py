@@ -106,6 +106,8 @@ class Tab:
         self.domain = typed_data.tabs_domain(deployment.chain_id, deployment.request_tabs)
         # One at a time: a number is asked for before it is used, and what was promised read before more is.
         self._lock = asyncio.Lock()
+        self._delivered_secrets: dict[bytes, bytes] = {}
+        self._other_secrets: dict[bytes, bytes] = {}
 
     # -- money
 
@@ -307,10 +309,10 @@ class Tab:
 
     async def show_secrets(self) -> int:
         """Hand over the secrets of vouchers whose batches are on the chain; how many the collector took."""
-        return await self._show(await self._posted())
-
-    async def _show(self, posted: list[_Posted]) -> int:
         told = await self._connected.tab(self._signer.address)
+        return await self._show(await self._posted(), told) if told.awaited_secret_hashes else 0
+
+    async def _show(self, posted: list[_Posted], told: tabs_pb2.GetTabResponse) -> int:
         on_chain = {item.secret_hash for batch in posted for item in batch.segments}
         wanted = on_chain.intersection(bytes(item) for item in told.awaited_secret_hashes)
         shown = [secret for key, secret in self._own_secrets().items() if key in wanted] if wanted else []
@@ -324,7 +326,7 @@ class Tab:
         until = time.monotonic() + seconds
         while True:
             posted = await self._posted()
-            await self._show(posted)
+            await self._show(posted, await self._connected.tab(self._signer.address))
             waiting = 0
             for batch in posted:
                 state = PostedState.of(await self._chain.call(TABS, "batchOf", batch.batch_id))
@@ -407,8 +409,17 @@ class Tab:
         return [batch for batch in found if any(item.requester == self._signer.address for item in batch.segments)]
 
     def _own_secrets(self) -> dict[bytes, bytes]:
-        found = (item.tab.voucher_secret for item in self._journal.entries() if item.tab is not None)
-        return {secret_hash(secret): secret for secret in found if secret}
+        """Secrets of all vouchers of this journal, by their hashes. A voucher that was delivered is not made anew, so
+        its entry is read once.
+        """
+        for request_id in self._journal.request_ids():
+            if request_id in self._delivered_secrets:
+                continue
+            tab = self._journal.read(request_id).tab
+            if tab is not None and tab.voucher_secret:
+                (self._delivered_secrets if tab.delivered else self._other_secrets)[request_id] = tab.voucher_secret
+        found = {**self._other_secrets, **self._delivered_secrets}
+        return {secret_hash(secret): secret for secret in found.values()}
 
     @property
     def _connected(self) -> CollectorConnection:

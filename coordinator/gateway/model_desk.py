@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import structlog
 
@@ -28,8 +29,9 @@ from bsns.tracing import Facts, RequestTracer
 from coordinator.gateway.errors import ApiError, of_requester, of_storage, too_many, unavailable
 from coordinator.gateway.metrics import GatewayMetrics
 from coordinator.gateway.settings import GatewaySettings
-from coordinator.storage import AccountBook, AccountKey, Charge, ChargeState, StorageError
+from coordinator.storage import AccountBook, AccountKey, Charge, ChargeState, Storage, StorageError, TicketState
 
+_OVER: Final = (TicketState.OVER, TicketState.ABANDONED)
 _log = structlog.get_logger(__name__)
 
 
@@ -162,6 +164,7 @@ class ModelDesk:
         tab: Tab,
         journal: Journal,
         book: AccountBook,
+        storage: Storage,
         settings: GatewaySettings,
         metrics: GatewayMetrics,
         tracer: RequestTracer,
@@ -169,7 +172,8 @@ class ModelDesk:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.models = models
-        self._tab, self._journal, self._book, self._settings = tab, journal, book, settings
+        self._tab, self._journal, self._settings = tab, journal, settings
+        self._book, self._storage = book, storage
         self._metrics, self._tracer, self._clock = metrics, tracer, clock
         self._slots = asyncio.Semaphore(settings.requests_in_flight)
         self._waiting = 0
@@ -397,9 +401,30 @@ class ModelDesk:
         for charge in await asyncio.to_thread(self._book.unsettled):
             _log.info("released", charge=charge.charge_id, held_wei=charge.held)
             await asyncio.to_thread(self._book.settle, charge.charge_id, {}, None, now)
-        for entry in await asyncio.to_thread(self._journal.entries):
-            if entry.tab is not None and entry.stage in ("opened", "answered"):
-                self._unpaid.add(entry.request_id)
+        self._unpaid |= await asyncio.to_thread(self._find_unpaid)
+
+    def _find_unpaid(self) -> set[RequestId]:
+        entries = map(self._journal.read, self._journal.request_ids())
+        return {item.request_id for item in entries if item.tab is not None and item.stage in ("opened", "answered")}
+
+    async def forget_old(self) -> int:
+        """Remove prompts and secrets of requests that have been over for long: their batches are, too, and so is what
+        the chain made of them. How many.
+        """
+        before = int(self._clock()) - self._settings.request_seconds
+        return await asyncio.to_thread(self._forget_before, before)
+
+    def _forget_before(self, before: int) -> int:
+        forgotten = 0
+        for request_id in self._journal.request_ids():
+            ticket = self._storage.ticket(request_id)
+            if ticket is None or ticket.changed_at > before or ticket.state not in _OVER:
+                continue
+            request = self._storage.request(request_id)
+            if request is None or request.status.is_over:
+                self._journal.forget(request_id)
+                forgotten += 1
+        return forgotten
 
     async def pay_late(self) -> None:
         """Pay for answers whose vouchers did not arrive, and give up tickets that a crash left open."""

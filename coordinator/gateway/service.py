@@ -29,6 +29,7 @@ from bsns.chain.client import Web3ChainClient
 from bsns.chain.deployment import Deployment
 from bsns.chain.errors import ChainError
 from bsns.chain.patient_client import PatientChainClient
+from bsns.chain.remembering_client import RememberingChainClient
 from bsns.chain.signer import Signer
 from bsns.health_server import HealthServerError, health_server
 from bsns.protocol.endpoints import split_endpoint
@@ -91,7 +92,9 @@ class Gateway:
             self.tracing = tracer("bsns-gateway", settings.otlp_endpoint)
         except TracingUnavailableError as error:
             raise SettingsError(str(error)) from error
-        self.desk = ModelDesk(models, tab, journal, self.book, settings, self.metrics, self.tracing, clock=clock)
+        self.desk = ModelDesk(
+            models, tab, journal, self.book, storage, settings, self.metrics, self.tracing, clock=clock
+        )
         self.app = self._application(deployment.chain_id)
 
     def stop(self) -> None:
@@ -172,7 +175,8 @@ class Gateway:
             before = int(self._clock()) - self._settings.response_seconds
             try:
                 await asyncio.to_thread(self.book.forget_responses, before)
-            except StorageError as error:
+                await self.desk.forget_old()
+            except (StorageError, RequesterError) as error:
                 _log.warning("forgetting_waits", error=str(error))
             await asyncio.sleep(FORGET_EVERY_S)
 
@@ -326,10 +330,12 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         storage.require_current_schema()
         journal = Journal(settings.state_dir)
         async with await Web3ChainClient.connect(settings.rpc_url, deployment) as chain:
+            # A gateway lives long and asks for the same plans and endpoints with each request.
+            remembering = RememberingChainClient(chain, CHAIN_PATIENCE_S)
             models: dict[str, OfferedModel] = {}
             for folder in settings.model_folder:
                 manifest, codec = load_model_folder(folder)
-                client = Client(chain, deployment, signer, journal, manifest=manifest, codec=codec)
+                client = Client(remembering, deployment, signer, journal, manifest=manifest, codec=codec)
                 tokenizer = codec if isinstance(codec, ChatTokenizer) else None
                 created = int((folder / "manifest.json").stat().st_mtime)
                 models[manifest.name] = OfferedModel(manifest.name, manifest, client, tokenizer, created)

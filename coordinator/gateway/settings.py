@@ -69,6 +69,9 @@ class GatewaySettings(BaseSettings):
     queued_requests: int = Field(default=64, ge=0, description="more are told to come back")
     attempts: int = Field(default=2, ge=1, description="times that an answer is asked for before its first token came")
     keep_alive_seconds: float = Field(default=10.0, gt=0, description="a silent stream says so often that it lives")
+    request_seconds: int = Field(
+        default=7 * 86_400, ge=3_600, description="prompts and secrets of requests are kept so long after they are over"
+    )
     response_seconds: int = Field(
         default=86_400, ge=0, description="an answer is kept so long for its idempotency key, then forgotten"
     )

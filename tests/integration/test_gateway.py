@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -196,6 +198,24 @@ def test_completions_go_on_with_a_text(network: GatewayNetwork, client: openai.O
     )
     assert "".join(item.choices[0].text for item in pieces if item.choices) == both.choices[0].text
     assert client.completions.create(model=network.model, prompt="Once", temperature=0).usage.completion_tokens <= 16
+
+
+def test_what_the_documentation_shows_runs(
+    network: GatewayNetwork, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (REPOSITORY / "docs/gateway.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    program = program.replace("https://gateway.example", network.url).replace("bsns-…", key)
+    exec(compile(program, "gateway.md", "exec"), {})
+    shown = capsys.readouterr().out.splitlines()
+    assert "Paris" in shown[0]
+    price, record = shown[-1].split()
+    assert int(price) > 0
+    assert record.startswith(f"{network.url}/requests/0x")
+    (curl,) = re.findall(r"```\n(curl .*?)\n```", text)
+    command = shlex.split(curl.replace("https://gateway.example", network.url).replace("$OPENAI_API_KEY", key))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.rstrip().endswith("data: [DONE]")
 
 
 def test_what_cannot_be_done_is_said_in_openais_shape(network: GatewayNetwork, client: openai.OpenAI) -> None:
