@@ -181,10 +181,7 @@ class CoordinatorSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> CoordinatorSettings:
-        if (self.certificate_file is None) != (self.certificate_key_file is None):
-            raise ValueError("certificate_file and certificate_key_file belong together")
-        if self.certificate_file is None and not is_loopback(self.listen):
-            raise ValueError(f"{self.listen} is not on loopback: give certificate_file and certificate_key_file (TLS)")
+        require_tls(self.listen, self.certificate_file, self.certificate_key_file)
         if self.maximum_reorganisation_depth <= self.transaction_confirmations:
             raise ValueError("maximum_reorganisation_depth must be more than transaction_confirmations")
         return self
@@ -298,6 +295,14 @@ class CoordinatorSettings(BaseSettings):
             settle_seconds=self.settle_seconds,
             drift_bps=self.drift_basis_points,
         )
+
+
+def require_tls(listen: str, certificate: Path | None, key: Path | None) -> None:
+    """ValueError unless what is listened on is loopback, or has a certificate with its key."""
+    if (certificate is None) != (key is None):
+        raise ValueError("certificate_file and certificate_key_file belong together")
+    if certificate is None and not is_loopback(listen):
+        raise ValueError(f"{listen} is not on loopback: give certificate_file and certificate_key_file (TLS)")
 
 
 def load_settings(config: Path | None = None, **options: Any) -> CoordinatorSettings:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -105,7 +105,7 @@ class Generation:
 
     job: Job
     charge: Charge
-    quote: Quote
+    quotes: tuple[Quote, ...]
     queue: asyncio.Queue[Event | ApiError] = field(default_factory=asyncio.Queue)
     is_wanted: bool = True
 
@@ -191,10 +191,10 @@ class ModelDesk:
             )  # fmt: skip
         return found
 
-    async def quote(self, job: Job) -> tuple[Quote, int]:
-        """What the network asks for the first choice, and the most that a user pays for all of them."""
+    async def quote(self, job: Job) -> list[Quote]:
+        """What the network asks for each choice, at the most."""
         found: dict[tuple[int, int], Quote] = {}
-        total = 0
+        quotes = []
         for choice in job.choices:
             size = len(choice.prompt), choice.sampling.maximum_tokens
             if size not in found:
@@ -204,8 +204,12 @@ class ModelDesk:
                     )
                 except RequesterError as error:
                     raise of_requester(error) from error
-            total += self._settings.price(found[size].fee_wei)
-        return next(iter(found.values())), total
+            quotes.append(found[size])
+        return quotes
+
+    def price(self, quotes: Sequence[Quote]) -> int:
+        """The most that a user pays for all choices, in wei."""
+        return sum(self._settings.price(item.fee_wei) for item in quotes)
 
     async def submit(
         self,
@@ -224,7 +228,8 @@ class ModelDesk:
             raise unavailable("this gateway is being stopped: try again in a moment", "draining")
         if self._waiting + len(job.choices) > self._settings.queued_requests + self._settings.requests_in_flight:
             raise too_many("all places in the queue of this gateway are taken: try again in a moment")
-        quote, price = await self.quote(job)
+        quotes = await self.quote(job)
+        price = self.price(quotes)
         if allowed_wei is not None and price > allowed_wei:
             raise ApiError(
                 402, f"this request may cost {price} wei, you allow {allowed_wei}: allow more, or ask for fewer tokens",
@@ -239,7 +244,7 @@ class ModelDesk:
             if charge.response is None:
                 raise ApiError(410, "the answer to this idempotency key is not kept any more: use another key")
             return charge.response
-        generation = Generation(job, charge, quote)
+        generation = Generation(job, charge, tuple(quotes))
         self._waiting += len(job.choices)
         self._metrics.requests_waiting.set(self._waiting)
         task = asyncio.create_task(self._generate(generation, respond), name=charge.charge_id)
@@ -357,7 +362,7 @@ class ModelDesk:
             answer = await job.model.client.request(
                 list(choice.prompt), choice.sampling, stop=job.stop, on_token=progress.token,
                 on_opened=progress.opened, is_wanted=lambda: generation.is_wanted, publisher=self._tab.collector,
-                tab=self._tab,
+                tab=self._tab, fee_wei=generation.quotes[number].fee_wei,
             )  # fmt: skip
         except UnavailableError:
             entry = self._answered(progress.request_id)
@@ -365,7 +370,7 @@ class ModelDesk:
                 raise
             # The answer is whole and signed for; only its voucher did not arrive, and is sent again.
             self._unpaid.add(entry.request_id)
-            return self._unpaid_answer(entry, generation)
+            return self._unpaid_answer(entry, generation.quotes[number])
         except InvalidRequestError as error:
             # It was fine when it was quoted: what has changed since is the plan.
             raise UnavailableError(str(error)) from error
@@ -378,15 +383,15 @@ class ModelDesk:
         return entry if entry is not None and entry.stage == "answered" else None
 
     @staticmethod
-    def _unpaid_answer(entry: JournalEntry, generation: Generation) -> Answer:
+    def _unpaid_answer(entry: JournalEntry, quote: Quote) -> Answer:
         return Answer(
             text=entry.text,
             token_ids=entry.answer,
             request_id=entry.request_id,
             finish_reason=entry.finish_reason,
             status="Answered",
-            fee_wei=generation.quote.fee_wei,
-            charged=(entry.input.rows + len(entry.answer)) * generation.quote.fee_per_token,
+            fee_wei=quote.fee_wei,
+            charged=(entry.input.rows + len(entry.answer)) * quote.fee_per_token,
             time_to_first_token_s=None,
             tokens_per_second=None,
             route=tuple[RouteNode, ...](),

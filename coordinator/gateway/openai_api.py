@@ -120,11 +120,12 @@ class OpenAIApi:
     async def quote(self, body: ChatRequest | CompletionRequest, _key: KeyHolder) -> dict[str, Any]:
         """The most that a request would cost. Pays nothing."""
         job = self._chat_job(body) if isinstance(body, ChatRequest) else self._completion_job(body)
-        found, price = await self._desk.quote(job)
+        quotes = await self._desk.quote(job)
+        found = quotes[0]
         return {
             "object": "bsns.quote",
             "model": job.model.name,
-            "price_wei": str(price),
+            "price_wei": str(self._desk.price(quotes)),
             "fee_per_token_wei": str(self._settings.price(found.fee_per_token)),
             "prompt_tokens": sum(len(item.prompt) for item in job.choices),
             "maximum_tokens": sum(item.sampling.maximum_tokens for item in job.choices),
@@ -386,7 +387,7 @@ class _Shape:
         }
 
     def _extra(self, generation: Generation, done: Done) -> dict[str, Any]:
-        quote = generation.quote
+        quote = generation.quotes[0]
         return {
             "price_wei": str(done.charge.charged),
             "held_wei": str(done.charge.held),
@@ -489,7 +490,7 @@ def _finish_reason(answer: Answer) -> str:
 
 def _fingerprint(generation: Generation) -> str:
     """What OpenAI calls the configuration that an answer was made with is the plan here."""
-    return "plan_" + generation.quote.plan_id.hex()[:16]
+    return "plan_" + generation.quotes[0].plan_id.hex()[:16]
 
 
 def _identity(prefix: str, request_id: bytes) -> str:

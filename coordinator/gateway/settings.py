@@ -14,8 +14,8 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from bsns.chain.deployment import ETHER
-from bsns.protocol.endpoints import is_loopback, masked_url, split_endpoint
-from coordinator.settings import loaded, with_toml_file
+from bsns.protocol.endpoints import masked_url, split_endpoint
+from coordinator.settings import loaded, require_tls, with_toml_file
 
 CONFIG_FILE_VARIABLE: Final = "BSNS_GATEWAY_CONFIG_FILE"
 KIB: Final = 1024
@@ -109,10 +109,7 @@ class GatewaySettings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> GatewaySettings:
-        if (self.certificate_file is None) != (self.certificate_key_file is None):
-            raise ValueError("certificate_file and certificate_key_file belong together")
-        if self.certificate_file is None and not is_loopback(self.listen):
-            raise ValueError(f"{self.listen} is not on loopback: give certificate_file and certificate_key_file (TLS)")
+        require_tls(self.listen, self.certificate_file, self.certificate_key_file)
         if self.tab_target_wei <= self.tab_minimum_wei:
             raise ValueError("tab_target_wei must be more than tab_minimum_wei")
         return self
