@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+from bsns.protocol.bounded_json import parse_json
 from bsns.protocol.commitments import EvidenceStep
 from bsns.protocol.identifiers import ProtocolError, RequestId, address
 from bsns.protocol.sampling import SamplingError, SamplingParameters
@@ -139,7 +140,7 @@ class Journal:
         """The entry of a request; JournalError if it is not known here or its file is damaged."""
         path = self._path(request_id)
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(path.read_bytes())
         except FileNotFoundError:
             raise JournalError(
                 f"request 0x{request_id.hex()} is not in {self._folder}; give the state folder it was made with"
@@ -148,7 +149,7 @@ class Journal:
             raise JournalError(f"{path} cannot be read ({error}); restore it from a copy") from error
         try:
             return _decode(content)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise JournalError(
                 f"{path} is damaged ({type(error).__name__}: {error}); restore it from a copy"
             ) from error
@@ -184,6 +185,13 @@ def _encode(value: Any) -> Any:
     return value
 
 
+def _whole(value: Any) -> int:
+    """`value`, a whole number as the journal writes them; a fraction would lose wei, so it is damage."""
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
 def _decode(content: dict[str, Any]) -> JournalEntry:
     if content["format"] not in (JOURNAL_FORMAT, _TABLESS_FORMAT, _DRAFTLESS_FORMAT, _TOKENS_ONLY_FORMAT):
         raise ValueError(f"format {content['format']!r}, this release reads {JOURNAL_FORMAT}")
@@ -193,35 +201,35 @@ def _decode(content: dict[str, Any]) -> JournalEntry:
         sampling = SamplingParameters(**content["sampling"])
         return JournalEntry(
             request_id=RequestId(_hash(content["request_id"])),
-            chain_id=int(content["chain_id"]),
+            chain_id=_whole(content["chain_id"]),
             escrow=address(content["escrow"]),
             requester=address(content["requester"]),
             plan_id=_hash(content["plan_id"]),
             publisher=address(content["publisher"]),
-            nonce=int(content["nonce"]),
+            nonce=_whole(content["nonce"]),
             secret=_hash(content["secret"]),
             salt=_hash(content["salt"]),
             input=_decode_input(content),
             sampling=sampling,
             stop=tuple(map(str, content["stop"])),
-            deposit=int(content["deposit"]),
-            created_at=int(content["created_at"]),
+            deposit=_whole(content["deposit"]),
+            created_at=_whole(content["created_at"]),
             stage=content["stage"],
-            answer=tuple(map(int, content["answer"])),
-            drafts=tuple(tuple(map(int, item)) for item in content.get("drafts", ())),
+            answer=tuple(map(_whole, content["answer"])),
+            drafts=tuple(tuple(map(_whole, item)) for item in content.get("drafts", ())),
             text=str(content["text"]),
             finish_reason=str(content["finish_reason"]),
             evidence=tuple(_decode_evidence(item) for item in content["evidence"]),
             transactions={str(key): str(value) for key, value in content["transactions"].items()},
             tab=_decode_tab(content.get("tab")),
         )
-    except (ProtocolError, SamplingError) as error:
+    except (OverflowError, ProtocolError, SamplingError) as error:
         raise ValueError(str(error)) from error
 
 
 def _decode_input(content: dict[str, Any]) -> RequestInput:
     if content["format"] == _TOKENS_ONLY_FORMAT:
-        return RequestInput.of_tokens(tuple(map(int, content["prompt"])))
+        return RequestInput.of_tokens(tuple(map(_whole, content["prompt"])))
     found = content["input"]
     return RequestInput(found["encoding"], bytes.fromhex(found["data"].removeprefix("0x")))
 
@@ -235,13 +243,13 @@ def _decode_tab(content: dict[str, Any] | None) -> TabEntry | None:
 
     return TabEntry(
         collector=address(content["collector"]),
-        number=int(content["number"]),
-        deadline=int(content["deadline"]),
+        number=_whole(content["number"]),
+        deadline=_whole(content["deadline"]),
         grant=data("grant"),
         route=tuple(bytes.fromhex(item.removeprefix("0x")) for item in content["route"]),
         results=tuple(bytes.fromhex(item.removeprefix("0x")) for item in content["results"]),
         voucher_secret=data("voucher_secret"),
-        cumulative=int(content["cumulative"]),
+        cumulative=_whole(content["cumulative"]),
         delivered=bool(content["delivered"]),
     )
 
@@ -250,15 +258,15 @@ def _decode_evidence(content: dict[str, Any]) -> StageEvidenceHeader:
     def step_of(step: dict[str, Any]) -> EvidenceStep:
         names = [item.name for item in dataclasses.fields(EvidenceStep)]
         values: Any = [
-            bytes.fromhex(step[name][2:]) if isinstance(step[name], str) else int(step[name]) for name in names
+            bytes.fromhex(step[name][2:]) if isinstance(step[name], str) else _whole(step[name]) for name in names
         ]
         return EvidenceStep(*values)
 
     return StageEvidenceHeader(
-        int(content["stage"]),
+        _whole(content["stage"]),
         _hash(content["evidence_root"]),
         _hash(content["sealed_sketch"]),
-        int(content["output_tokens"]),
+        _whole(content["output_tokens"]),
         tuple(step_of(step) for step in content["steps"]),
     )
 

@@ -100,6 +100,27 @@ def test_journal_damaged_file_is_refused(tmp_path: Path, content: str) -> None:
         journal.read(entry().request_id)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ('"deposit": 1000000000000000000', '"deposit": 1e999'),
+        ('"deposit": 1000000000000000000', '"deposit": 1e18'),
+        ('"created_at": ', '"created_at": 1.5'),
+        ('"data": "0x', '"data": 7, "rest": "0x'),
+        ('"stop": [', '"stop": ' + "[" * 100),
+    ],
+)
+def test_journal_field_of_another_kind_is_damage(tmp_path: Path, field: str, value: str) -> None:
+    journal = Journal(tmp_path)
+    journal.write(entry())
+    (path,) = (tmp_path / "requests").iterdir()
+    text = path.read_text()
+    assert field in text
+    path.write_text(text.replace(field, value))
+    with pytest.raises(JournalError, match="restore it"):
+        journal.read(entry().request_id)
+
+
 def test_journal_rewrite_replaces_the_entry(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.write(entry())
