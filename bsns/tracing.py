@@ -8,14 +8,15 @@ or a secret.
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any, Final
 
 from bsns.protocol.identifiers import keccak256
 
-ENDPOINT_VARIABLE: Final = "BSNS_OTLP_ENDPOINT"
 EXPORT_EVERY_MS: Final = 1_000
 EXPORT_TIMEOUT_S: Final = 5
+CLOSE_S: Final = 3.0
 WAITING_SPANS: Final = 4_096
 _DOMAIN: Final = b"bsns trace:"
 
@@ -83,9 +84,9 @@ class _Exporting(RequestTracer):
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": service}), id_generator=self._ids, shutdown_on_exit=False
         )
-        exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces", timeout=EXPORT_TIMEOUT_S)
+        self._exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces", timeout=EXPORT_TIMEOUT_S)
         self._provider.add_span_processor(
-            BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_EVERY_MS, max_queue_size=WAITING_SPANS)
+            BatchSpanProcessor(self._exporter, schedule_delay_millis=EXPORT_EVERY_MS, max_queue_size=WAITING_SPANS)
         )
         self._tracer = self._provider.get_tracer("bsns")
 
@@ -126,7 +127,12 @@ class _Exporting(RequestTracer):
         span.end(time.time_ns())
 
     def close(self) -> None:
+        # Left alone, the provider tries for half a minute to reach a collector that is away.
+        impatience = threading.Timer(CLOSE_S, self._exporter.shutdown)
+        impatience.daemon = True
+        impatience.start()
         self._provider.shutdown()
+        impatience.cancel()
 
 
 def tracer(service: str, endpoint: str | None) -> RequestTracer:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,10 @@ def _each(strategy: Any, count: int, seed_: int, body: Callable[[Any], None]) ->
     def run(value: Any) -> None:
         body(value)
 
-    run()
+    with warnings.catch_warnings():
+        # Other threads draw random numbers, too; hypothesis takes that for the strategy's doing.
+        warnings.filterwarnings("ignore", "Do not use the `random` module inside strategies")
+        run()
 
 
 # ------------------------------------------------------------------------------------------------------------- decoders

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from bsns.tracing import RequestTracer, trace_ids, tracer
+from bsns.tracing import CLOSE_S, EXPORT_TIMEOUT_S, RequestTracer, trace_ids, tracer
 
 REQUEST = bytes(range(32))
 WAIT_S = 20.0
@@ -95,3 +95,6 @@ def test_collector_that_is_away_holds_nobody_up() -> None:
     for _ in range(10_000):
         lonely.span(REQUEST, "stage 0", time.time())
     assert time.monotonic() - began < WAIT_S
+    began = time.monotonic()
+    lonely.close()
+    assert time.monotonic() - began < CLOSE_S + EXPORT_TIMEOUT_S
