@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+import structlog
+
 from bsns.protocol.bounded_json import parse_json
 from bsns.protocol.commitments import EvidenceStep
 from bsns.protocol.identifiers import ProtocolError, RequestId, address
@@ -30,6 +32,7 @@ _TABLESS_FORMAT: Final = 3
 _DRAFTLESS_FORMAT: Final = 2
 _TOKENS_ONLY_FORMAT: Final = 1
 MAXIMUM_ENTRIES_LISTED: Final = 10_000
+_log = structlog.get_logger(__name__)
 
 Stage = Literal["prepared", "opened", "answered", "drawn", "concluded"]
 """How far a request came: written down, on chain (or its ticket taken), answer received, committee drawn, settled or
@@ -105,6 +108,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "requests"
+        self._damaged: set[bytes] = set()
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -153,6 +157,18 @@ class Journal:
             raise JournalError(
                 f"{path} is damaged ({type(error).__name__}: {error}); restore it from a copy"
             ) from error
+
+    def read_intact(self, request_id: bytes) -> JournalEntry | None:
+        """As `read`, for whoever looks at all requests: None where the file is damaged, which is logged once, so that
+        the others need not wait until somebody restores it.
+        """
+        try:
+            return self.read(request_id)
+        except JournalError as error:
+            if request_id not in self._damaged:
+                self._damaged.add(request_id)
+                _log.error("journal_damaged", request=f"0x{request_id.hex()}", error=str(error))
+            return None
 
     def entries(self) -> tuple[JournalEntry, ...]:
         """All requests of this folder, oldest first."""

@@ -415,7 +415,8 @@ class Tab:
         for request_id in self._journal.request_ids():
             if request_id in self._delivered_secrets:
                 continue
-            tab = self._journal.read(request_id).tab
+            entry = self._journal.read_intact(request_id)
+            tab = None if entry is None else entry.tab
             if tab is not None and tab.voucher_secret:
                 (self._delivered_secrets if tab.delivered else self._other_secrets)[request_id] = tab.voucher_secret
         found = {**self._other_secrets, **self._delivered_secrets}

@@ -22,7 +22,13 @@ from bsns.protocol.manifest import ModelManifest
 from bsns.protocol.sampling import SamplingParameters
 from bsns.requester.chat_tokenizer import ChatTokenizer
 from bsns.requester.client import Answer, Client, Quote, RouteNode
-from bsns.requester.errors import InvalidRequestError, NotServedError, RequesterError, UnavailableError
+from bsns.requester.errors import (
+    InvalidRequestError,
+    JournalError,
+    NotServedError,
+    RequesterError,
+    UnavailableError,
+)
 from bsns.requester.journal import Journal, JournalEntry
 from bsns.requester.tab import Tab
 from bsns.tracing import Facts, RequestTracer
@@ -409,8 +415,12 @@ class ModelDesk:
         self._unpaid |= await asyncio.to_thread(self._find_unpaid)
 
     def _find_unpaid(self) -> set[RequestId]:
-        entries = map(self._journal.read, self._journal.request_ids())
-        return {item.request_id for item in entries if item.tab is not None and item.stage in ("opened", "answered")}
+        entries = map(self._journal.read_intact, self._journal.request_ids())
+        return {
+            item.request_id
+            for item in entries
+            if item is not None and item.tab is not None and item.stage in ("opened", "answered")
+        }
 
     async def forget_old(self) -> int:
         """Remove prompts and secrets of requests that have been over for long: their batches are, too, and so is what
@@ -435,13 +445,13 @@ class ModelDesk:
         """Pay for answers whose vouchers did not arrive, and give up tickets that a crash left open."""
         client = next(iter(self.models.values())).client
         for request_id in tuple(self._unpaid):
-            entry = self._journal.read(request_id)
             try:
+                entry = self._journal.read(request_id)
                 if entry.stage == "answered":
                     await client.resume_on_tab(self._tab, request_id)
                 elif entry.stage == "opened":
                     await self._tab.abandon(entry)
-            except UnavailableError as error:
+            except (UnavailableError, JournalError) as error:
                 _log.info("still_unpaid", request="0x" + request_id.hex(), error=str(error))
                 continue
             except RequesterError as error:

@@ -596,6 +596,23 @@ def test_killed_gateway_gives_back_what_it_had_set_aside(network: GatewayNetwork
         assert ask(client, network.model).choices[0].message.content
 
 
+def test_damaged_file_of_one_request_stops_nobody_else(network: GatewayNetwork) -> None:
+    key = network.account()
+    with network.client(key) as client:
+        ask(client, network.model)
+    file = next((network.devnet.folder / "gateway").rglob("0x*.json"))
+    kept = file.read_bytes()
+    file.write_text('{"format": 4, "deposit": 1e999')
+    try:
+        network.restart()
+        with network.client(key) as client, network.http() as http:
+            assert ask(client, network.model).choices[0].message.content
+            assert http.get("/readyz").status_code == 200
+    finally:
+        file.write_bytes(kept)
+        network.restart()
+
+
 def test_stopped_gateway_finishes_what_it_began(network: GatewayNetwork) -> None:
     key = network.account()
     with network.client(key) as client:

@@ -121,6 +121,18 @@ def test_journal_field_of_another_kind_is_damage(tmp_path: Path, field: str, val
         journal.read(entry().request_id)
 
 
+def test_journal_damaged_file_keeps_nobody_from_the_others(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write(entry())
+    other = dataclasses.replace(entry(), request_id=RequestId(bytes(31) + b"\x02"))
+    journal.write(other)
+    (tmp_path / "requests" / f"0x{other.request_id.hex()}.json").write_text("{")
+    assert {item: journal.read_intact(item) for item in journal.request_ids()} == {
+        entry().request_id: entry(),
+        other.request_id: None,
+    }
+
+
 def test_journal_rewrite_replaces_the_entry(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.write(entry())
