@@ -34,7 +34,7 @@ from coordinator.demo import DEFAULT_MODEL, DemoSettings, run_demo, run_devnet
 from coordinator.dispatch import PlanPolicy
 from coordinator.dispatch.plan_publication import plannable, planning_record
 from coordinator.gateway.cli import gateway_app
-from coordinator.settings import SettingsError, load_deployment, load_key, load_settings
+from coordinator.settings import CoordinatorSettings, SettingsError, load_deployment, load_key
 from coordinator.storage import (
     Storage,
     TopologySnapshot,
@@ -97,7 +97,7 @@ def serve(
     """Watch the chain, plan, route and close what is open, until SIGTERM."""
     configure_logs(log_format)
     with reported():
-        settings = load_settings(
+        settings = CoordinatorSettings.load(
             config,
             rpc_url=rpc,
             deployment=deployment,

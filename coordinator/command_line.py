@@ -7,16 +7,15 @@ document gets it at once.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, Final
 
-import structlog
 import typer
 
+from bsns import service_logs
 from bsns.chain.errors import ChainError, ContractError, InsufficientFundsError, TransactionFailedError
 from bsns.protocol.identifiers import ProtocolError
 from bsns.requester.errors import InvalidRequestError, JournalError, UnavailableError
@@ -67,16 +66,5 @@ def say(content: dict[str, Any]) -> None:
 
 
 def configure_logs(log_format: LogFormat | None) -> None:
-    console = log_format == LogFormat.CONSOLE or (log_format is None and sys.stderr.isatty())
-    renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    """As `log_format` says; None: for people on a terminal, else JSON."""
+    service_logs.configure_logs(for_people=None if log_format is None else log_format == LogFormat.CONSOLE)

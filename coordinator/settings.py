@@ -7,13 +7,11 @@ secret. Also reads the files that settings name, and says which setting is to bl
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from bsns.chain import key_file
 from bsns.chain.deployment import Deployment
@@ -21,30 +19,31 @@ from bsns.chain.signer import KeySigner
 from bsns.planning import Objective
 from bsns.planning.measured import NEWCOMER_LINK
 from bsns.planning.rebalancing import MoveTerms
-from bsns.protocol.endpoints import is_loopback, masked_url, split_endpoint
+from bsns.protocol.endpoints import is_loopback, split_endpoint
 from bsns.protocol.measurements import BATCHED_SESSIONS
 from bsns.protocol.plan import MAXIMUM_ASSIGNMENTS, MAXIMUM_STAGES
 from bsns.protocol.planning_record import MAXIMUM_RECORDED_NODES
 from bsns.protocol.tabs import MAXIMUM_BATCH_TICKETS
+from bsns.service_settings import ServiceSettings
 from coordinator.chain_follower import FollowerLimits
 from coordinator.coordination_service import ConversationLimits
 from coordinator.dispatch import PlanPolicy, PoolLimits, PublicationLimits
 from coordinator.tab_collector import TabLimits
 from coordinator.transaction_outbox import OutboxLimits
 
-CONFIG_FILE_VARIABLE: Final = "BSNS_COORDINATOR_CONFIG_FILE"
 KIB: Final = 1024
 _MAXIMUM_UINT128: Final = 2**128 - 1
-_S = TypeVar("_S", bound=BaseSettings)
 
 
 class SettingsError(Exception):
     """A setting or a file given by the operator cannot be used; the message says which and what to do."""
 
 
-class CoordinatorSettings(BaseSettings):
+class CoordinatorSettings(ServiceSettings):
     """Everything a coordinator is told. Sizes in bytes, times in seconds, money in wei, depths in blocks."""
 
+    config_file_variable = "BSNS_COORDINATOR_CONFIG_FILE"
+    settings_error = SettingsError
     model_config = SettingsConfigDict(
         env_prefix="BSNS_COORDINATOR_", frozen=True, extra="forbid", hide_input_in_errors=True
     )
@@ -186,24 +185,6 @@ class CoordinatorSettings(BaseSettings):
             raise ValueError("maximum_reorganisation_depth must be more than transaction_confirmations")
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return with_toml_file(settings_cls, CONFIG_FILE_VARIABLE, init_settings, env_settings)
-
-    def shown(self) -> dict[str, Any]:
-        """The effective values for people: passwords masked, also the one inside a database URL."""
-        values = self.model_dump(mode="json")
-        values["database_url"] = masked_url(self.database_url)
-        values["rpc_url"] = masked_url(self.rpc_url)
-        return values
-
     @property
     def policy(self) -> PlanPolicy:
         return PlanPolicy(
@@ -303,38 +284,6 @@ def require_tls(listen: str, certificate: Path | None, key: Path | None) -> None
         raise ValueError("certificate_file and certificate_key_file belong together")
     if certificate is None and not is_loopback(listen):
         raise ValueError(f"{listen} is not on loopback: give certificate_file and certificate_key_file (TLS)")
-
-
-def load_settings(config: Path | None = None, **options: Any) -> CoordinatorSettings:
-    """Settings of the coordinator, see `loaded`."""
-    return loaded(CoordinatorSettings, CONFIG_FILE_VARIABLE, config, options)
-
-
-def loaded(kind: type[_S], config_file_variable: str, config: Path | None, options: Mapping[str, Any]) -> _S:
-    """Settings from options (None: not given), environment and TOML file; SettingsError names each wrong one."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if config is not None:
-        os.environ[config_file_variable] = str(config)
-    configured = os.environ.get(config_file_variable)
-    if configured and not Path(configured).is_file():
-        raise SettingsError(f"there is no settings file {configured}")
-    try:
-        return kind(**given)
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}" for item in error.errors()
-        )
-        raise SettingsError(f"settings cannot be used: {problems}") from error
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"the settings file cannot be read: {error}") from error
-
-
-def with_toml_file(
-    kind: type[BaseSettings], variable: str, *sources: PydanticBaseSettingsSource
-) -> tuple[PydanticBaseSettingsSource, ...]:
-    """`sources`, and below them the TOML file that `variable` names, if it names one."""
-    configured = os.environ.get(variable)
-    return (*sources, TomlConfigSettingsSource(kind, Path(configured))) if configured else sources
 
 
 def load_key(path: Path, password: str | None = None, password_file: Path | None = None) -> KeySigner:

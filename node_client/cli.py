@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import signal
 import sys
@@ -21,7 +20,6 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
-import structlog
 import typer
 
 from bsns.chain.client import Web3ChainClient
@@ -31,10 +29,11 @@ from bsns.chain.submitter import Submitter
 from bsns.protocol.commitments import MAXIMUM_DRAFTS
 from bsns.protocol.contract_states import NodeStatus
 from bsns.protocol.endpoints import split_endpoint
+from bsns.service_logs import configure_logs
 from node_client.chain_view import ChainView
 from node_client.errors import NodeError, Refusal, SettingsError
 from node_client.keystore import NODE_KEY_FILE, OPERATOR_KEY_FILE, Keystore, read_private_key, write_secret
-from node_client.settings import CONFIG_FILE_VARIABLE, NodeSettings
+from node_client.settings import NodeSettings
 from node_client.signing_guard import SigningGuard, read_history
 
 EXIT_USAGE: Final = 2
@@ -390,7 +389,7 @@ def _serve(settings: NodeSettings, print_config: bool, *, register: bool) -> Non
     if print_config:
         typer.echo(json.dumps(settings.shown(), indent=2))
         return
-    _configure_logs(settings.log_level)
+    configure_logs(settings.log_level)
     # Torch's thread and the event loop hand the interpreter to one another many times a token: neither waits 5 ms.
     sys.setswitchinterval(_SWITCH_SECONDS)
 
@@ -414,9 +413,7 @@ def _serve(settings: NodeSettings, print_config: bool, *, register: bool) -> Non
 
 
 def _settings(config: Path | None, **given: Any) -> NodeSettings:
-    if config is not None:
-        os.environ[CONFIG_FILE_VARIABLE] = str(config)
-    return _guarded(lambda: NodeSettings.load(**given))
+    return _guarded(lambda: NodeSettings.load(config, **given))
 
 
 def _guarded(action: Callable[[], Result]) -> Result:
@@ -611,25 +608,6 @@ def _wei(coins: str) -> int:
 
 def _coins(wei: int) -> str:
     return f"{Decimal(wei) / WEI:f}"
-
-
-def _configure_logs(level: str) -> None:
-    """JSON lines on standard error; for people where it is a terminal."""
-    # Plain traces: the default for terminals shows local variables, and with them prompts and salts.
-    people: Any = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-    renderer: Any = people if sys.stderr.isatty() else structlog.processors.JSONRenderer()
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
 
 
 if __name__ == "__main__":

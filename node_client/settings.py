@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from bsns.protocol.commitments import MAXIMUM_DRAFTS
-from bsns.protocol.endpoints import is_loopback, masked_url, split_endpoint
+from bsns.protocol.endpoints import is_loopback, split_endpoint
 from bsns.protocol.measurements import MAXIMUM_LINKS
+from bsns.service_settings import ServiceSettings
 from node_client.errors import SettingsError
 from node_client.keystore import DEFAULT_SCRYPT_COST
 
-CONFIG_FILE_VARIABLE: Final = "BSNS_NODE_CONFIG_FILE"
 CACHE_VARIABLE: Final = "BSNS_CACHE"
 MIB: Final = 1024 * 1024
 # A frame's payload may fill 1 MiB; the message around it needs a little more, and gRPC's default limit is 4 MiB.
@@ -33,9 +33,11 @@ def default_cache() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "bsns"
 
 
-class NodeSettings(BaseSettings):
+class NodeSettings(ServiceSettings):
     """Everything a node is told. Sizes in bytes, times in seconds, money in wei."""
 
+    config_file_variable = "BSNS_NODE_CONFIG_FILE"
+    settings_error = SettingsError
     model_config = SettingsConfigDict(env_prefix="BSNS_NODE_", frozen=True, extra="forbid", hide_input_in_errors=True)
 
     # Where and who
@@ -228,39 +230,3 @@ class NodeSettings(BaseSettings):
         if distant and self.coordinator_certificate is None:
             raise ValueError(f"{distant[0]} is not on loopback: give its certificate with coordinator_certificate")
         return self
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
-        file = os.environ.get(CONFIG_FILE_VARIABLE)
-        if file:
-            sources = (*sources, TomlConfigSettingsSource(settings_cls, Path(file)))
-        return sources
-
-    @classmethod
-    def load(cls, **given: Any) -> NodeSettings:
-        """From options (None: not given) and the other sources; SettingsError names each bad setting and no value."""
-        file = os.environ.get(CONFIG_FILE_VARIABLE)
-        if file and not Path(file).is_file():
-            raise SettingsError(f"there is no settings file {file}")
-        try:
-            return cls(**{key: value for key, value in given.items() if value is not None})
-        except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}"
-                for item in error.errors(include_url=False, include_input=False)
-            )
-            raise SettingsError(f"settings cannot be used: {problems}") from error
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"the settings file cannot be read: {error}") from error
-
-    def shown(self) -> dict[str, Any]:
-        """Effective values for people; secrets masked, also the one inside the URL of a chain endpoint."""
-        return {**self.model_dump(mode="json"), "rpc_url": masked_url(self.rpc_url)}

@@ -51,11 +51,11 @@ def serve_command(
 ) -> None:
     """Answer HTTP until SIGTERM. Settings also come from variables BSNS_GATEWAY_… or a TOML file."""
     from coordinator.gateway import service
-    from coordinator.gateway.settings import load_settings
+    from coordinator.gateway.settings import GatewaySettings
 
     configure_logs(log_format)
     with reported():
-        settings = load_settings(
+        settings = GatewaySettings.load(
             config,
             rpc_url=rpc,
             deployment=deployment,

@@ -8,22 +8,24 @@ secret.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from bsns.chain.deployment import ETHER
-from bsns.protocol.endpoints import masked_url, split_endpoint
-from coordinator.settings import loaded, require_tls, with_toml_file
+from bsns.protocol.endpoints import split_endpoint
+from bsns.service_settings import ServiceSettings
+from coordinator.settings import SettingsError, require_tls
 
-CONFIG_FILE_VARIABLE: Final = "BSNS_GATEWAY_CONFIG_FILE"
 KIB: Final = 1024
 
 
-class GatewaySettings(BaseSettings):
+class GatewaySettings(ServiceSettings):
     """Everything a gateway is told. Sizes in bytes, times in seconds, money in wei, depths in blocks."""
 
+    config_file_variable = "BSNS_GATEWAY_CONFIG_FILE"
+    settings_error = SettingsError
     model_config = SettingsConfigDict(
         env_prefix="BSNS_GATEWAY_", frozen=True, extra="forbid", hide_input_in_errors=True, protected_namespaces=()
     )
@@ -114,29 +116,6 @@ class GatewaySettings(BaseSettings):
             raise ValueError("tab_target_wei must be more than tab_minimum_wei")
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return with_toml_file(settings_cls, CONFIG_FILE_VARIABLE, init_settings, env_settings)
-
-    def shown(self) -> dict[str, Any]:
-        """The effective values for people, passwords masked."""
-        values = self.model_dump(mode="json")
-        values["database_url"] = masked_url(self.database_url)
-        values["rpc_url"] = masked_url(self.rpc_url)
-        return values
-
     def price(self, network_wei: int) -> int:
         """What users pay for what the network asks, rounded up."""
         return -(-network_wei * (10_000 + self.price_basis_points) // 10_000)
-
-
-def load_settings(config: Path | None = None, **options: Any) -> GatewaySettings:
-    """Settings of the gateway, see `coordinator.settings.loaded`."""
-    return loaded(GatewaySettings, CONFIG_FILE_VARIABLE, config, options)

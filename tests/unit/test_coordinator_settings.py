@@ -18,7 +18,7 @@ from coordinator.cli import app
 from coordinator.demo import clear_network_folder
 from coordinator.devnet import MARKER_FILE
 from coordinator.dispatch import PlanPolicy
-from coordinator.settings import SettingsError, load_key, load_settings
+from coordinator.settings import CoordinatorSettings, SettingsError, load_key
 from coordinator.storage import migrate
 from tests.integration.coordinator_fixtures import tiny_manifest
 
@@ -32,7 +32,7 @@ def _no_outer_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith("BSNS_COORDINATOR_"):
             monkeypatch.delenv(name)
-    # load_settings sets it for --config; this puts it back afterwards.
+    # `load` sets it for --config; this puts it back afterwards.
     monkeypatch.setenv("BSNS_COORDINATOR_CONFIG_FILE", "")
     yield
     structlog.reset_defaults()  # `serve` logs to the runner's standard error, which is closed now
@@ -56,7 +56,7 @@ def test_settings_from_option_environment_and_file_take_the_strongest(
     config.write_text("minimum_nodes = 2\nreplicas = 2\nheartbeat_seconds = 5.0\n")
     monkeypatch.setenv("BSNS_COORDINATOR_REPLICAS", "3")
     monkeypatch.setenv("BSNS_COORDINATOR_HEARTBEAT_SECONDS", "4")
-    settings = load_settings(config, **_options(heartbeat_seconds=3.0, minimum_nodes=None))
+    settings = CoordinatorSettings.load(config, **_options(heartbeat_seconds=3.0, minimum_nodes=None))
     assert (settings.minimum_nodes, settings.replicas, settings.heartbeat_seconds) == (2, 3, 3.0)
 
 
@@ -79,11 +79,11 @@ def test_settings_from_option_environment_and_file_take_the_strongest(
 )
 def test_settings_out_of_range_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(SettingsError, match=named):
-        load_settings(**_options(**changes))
+        CoordinatorSettings.load(**_options(**changes))
 
 
 def test_policy_has_every_planning_setting() -> None:
-    settings = load_settings(
+    settings = CoordinatorSettings.load(
         **_options(
             objective="latency",
             stage_count=3,
@@ -113,7 +113,7 @@ def test_policy_has_every_planning_setting() -> None:
 
 
 def test_settings_shown_hold_no_secret() -> None:
-    settings = load_settings(
+    settings = CoordinatorSettings.load(
         **_options(
             database_url="postgresql://bsns:hunter2@db/bsns",
             rpc_url="https://rpc.example/?key=hunter2",
