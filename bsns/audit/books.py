@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from eth_typing import ChecksumAddress
 
-from bsns.audit.chain_facts import NOBODY, SLASH_REASONS, STAGE_VERDICTS, VERIFICATION_EVENTS
+from bsns.audit.chain_facts import NOBODY, STAGE_VERDICTS, VERIFICATION_EVENTS
 from bsns.audit.entries import (
     AccountCredit,
     ChallengeEntry,
@@ -46,6 +46,7 @@ from bsns.audit.entries import (
 )
 from bsns.audit.errors import AuditError
 from bsns.audit.tab_books import BATCHES, TABS, TabBooks
+from bsns.protocol.contract_states import SLASH_REASONS
 from bsns.protocol.identifiers import address
 from bsns.protocol.record import RecordedAssignment
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from bsns.audit.errors import AuditError
 from bsns.audit.stakes import StakeLedger
 from bsns.protocol.commitments import commitments_digest
+from bsns.protocol.contract_states import SLASH_REASONS, STATUS_AFTER
 from bsns.protocol.identifiers import address
 from bsns.protocol.merkle import MerkleTree
 from bsns.protocol.plan import Assignment
@@ -57,7 +58,6 @@ NO_DISTANCE: Final = 2**256 - 1
 """Distance where there is no medoid, or the token counts differ."""
 NOBODY: Final = address("0x" + "00" * 20)
 STAGE_VERDICTS: Final = ("None", "Accepted", "Tolerated", "Rejected", "NoQuorum", "Withheld")
-SLASH_REASONS: Final = ("IncorrectOutput", "IncorrectAttestation", "EvidenceWithheld", "RevealWithheld", "Equivocation")
 _ESCROW_EVENTS: Final = (
     "RequestRouted",
     "StageReplaced",
@@ -591,15 +591,8 @@ def _penalties(gathering: _Gathering, request_id: bytes) -> tuple[tuple[Slash, .
 
 
 def _status(gathering: _Gathering) -> str:
-    latest = {
-        "RequestOpened": "Open",
-        "RequestRouted": "Routed",
-        "RequestCommitted": "Committed",
-        "RequestVerified": "Verified",
-        "RequestSettled": "Settled",
-        "RequestRefunded": "Refunded",
-    }
-    return next(latest[item.name] for item in reversed(gathering.events) if item.name in latest)
+    last = next(STATUS_AFTER[item.name] for item in reversed(gathering.events) if item.name in STATUS_AFTER)
+    return last.name.capitalize()
 
 
 async def _fold(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
+from typing import Final
 
 
 class NodeStatus(IntEnum):
@@ -38,6 +40,17 @@ class RequestStatus(IntEnum):
         return self.is_finished or self is RequestStatus.EXPIRED
 
 
+STATUS_AFTER: Final[Mapping[str, RequestStatus]] = {
+    "RequestOpened": RequestStatus.OPEN,
+    "RequestRouted": RequestStatus.ROUTED,
+    "RequestCommitted": RequestStatus.COMMITTED,
+    "RequestVerified": RequestStatus.VERIFIED,
+    "RequestSettled": RequestStatus.SETTLED,
+    "RequestRefunded": RequestStatus.REFUNDED,
+}
+"""The status that a request has after an event of the escrow."""
+
+
 class Phase(IntEnum):
     """IOutputVerification.Phase."""
 
@@ -58,3 +71,7 @@ class StageVerdict(IntEnum):
     REJECTED = 3
     NO_QUORUM = 4
     WITHHELD = 5
+
+
+SLASH_REASONS: Final = ("IncorrectOutput", "IncorrectAttestation", "EvidenceWithheld", "RevealWithheld", "Equivocation")
+"""INodeRegistry.SlashReason, by number."""

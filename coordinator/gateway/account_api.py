@@ -28,6 +28,7 @@ from coordinator.storage import (
     Charge,
     KeyLimits,
     Movement,
+    UnknownKeyError,
     Withdrawal,
 )
 
@@ -169,8 +170,8 @@ class AccountApi:
     ) -> dict[str, Any]:
         """What answers cost, the newest first."""
         found = await asyncio.to_thread(self._book.charges, key.account_id, limit)
-        requests = [await asyncio.to_thread(self._book.requests_of, item.charge_id) for item in found]
-        data = [_charge(item) | {"requests": ["0x" + one.hex() for one in of]} for item, of in zip(found, requests)]
+        requests = await asyncio.to_thread(self._book.requests_of, found)
+        data = [_charge(item) | {"requests": ["0x" + one.hex() for one in requests[item.charge_id]]} for item in found]
         return {"object": "list", "data": data}
 
     async def keys(self, key: KeyHolder) -> dict[str, Any]:
@@ -188,10 +189,10 @@ class AccountApi:
 
     async def revoke_key(self, key_id: Annotated[str, Path(max_length=40)], key: KeyHolder) -> dict[str, Any]:
         """A key of the account is good for nothing from now on."""
-        mine = await asyncio.to_thread(self._book.keys, key.account_id)
-        if all(item.key_id != key_id or item.revoked_at is not None for item in mine):
-            raise ApiError(404, f"the account has no key {key_id!r:.60} in use", code="not_found")
-        await asyncio.to_thread(self._book.revoke_key, key.account_id, key_id, int(self._clock()))
+        try:
+            await asyncio.to_thread(self._book.revoke_key, key.account_id, key_id, int(self._clock()))
+        except UnknownKeyError as error:
+            raise ApiError(404, str(error), code="not_found") from error
         return {"object": "bsns.key", "id": key_id, "revoked": True}
 
     async def deposit(self, body: Deposit, key: KeyHolder) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import asyncio
 import csv
 import io
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, fields
@@ -58,7 +59,15 @@ from coordinator.gateway.metrics import GatewayMetrics
 from coordinator.gateway.settings import GatewaySettings
 from coordinator.gateway.tab_checks import ticket_checks
 from coordinator.network_state import UNBLAMED, AggregateKind, NodeState, PlanState, RequestState
-from coordinator.storage import END, BatchRecord, ExplorerQueries, StampedEvent, Storage, TicketRecord
+from coordinator.storage import (
+    END,
+    BatchRecord,
+    ExplorerQueries,
+    StampedEvent,
+    Storage,
+    TicketRecord,
+    TicketState,
+)
 
 ROWS: Final = 50
 EXPORTED_ROWS: Final = 10_000
@@ -104,6 +113,8 @@ class Explorer:
         self._auditors = asyncio.Semaphore(settings.audits)
         self._waiting_audits = 0
         self._templates = _environment()
+        self._drawing = threading.Lock()
+        self._drawn: tuple[bytes, dict[str, Markup]] | None = None
         self._listings = self._all_listings()
         self.router = APIRouter(tags=["explorer"], default_response_class=HTMLResponse)
         for path, page in (
@@ -154,9 +165,7 @@ class Explorer:
             "counts": {status.name.capitalize(): count for status, count in counts.items()},
             "tickets": {str(state): count for state, count in self._queries.ticket_counts().items()},
             "swarms": [(plan, self._swarm(plan, nodes, now)) for plan in plans],
-            "throughput": self._throughput(now),
-            "stake": self._stake_chart(now),
-            "verdicts": self._verdict_chart(now),
+            **self._network_charts(now),
             "latest": [RequestRow.of(item) for item in latest],
             "latest_tickets": [TicketRow.of(item) for item in self._queries.tickets(8)],
         }
@@ -201,10 +210,24 @@ class Explorer:
         ]
         return drawings.swarm(shown, links, count)
 
+    def _network_charts(self, now: int) -> dict[str, Markup]:
+        """Charts of the overview, drawn once a block: every open page asks for them again with each."""
+        cursor = self._storage.cursor()
+        block = b"" if cursor is None else cursor.hash
+        with self._drawing:
+            if self._drawn is None or self._drawn[0] != block:
+                charts = {
+                    "throughput": self._throughput(now),
+                    "stake": self._stake_chart(now),
+                    "verdicts": self._verdict_chart(now),
+                }
+                self._drawn = block, charts
+            return self._drawn[1]
+
     def _throughput(self, now: int) -> Markup:
         concluded = self._queries.events(SERIES_EVENTS, names=("RequestConcluded",))
-        fees = {item.fee_per_token for item in self._storage.plans()} - {0}
-        price = min(fees, default=1)
+        paid = self._queries.ticket_times(SERIES_EVENTS, (TicketState.DELIVERED, TicketState.BATCHED, TicketState.OVER))
+        fees = {item.plan_id: item.fee_per_token for item in self._storage.plans()}
         return drawings.bars(
             "Tokens paid for",
             "tokens",
@@ -212,11 +235,7 @@ class Explorer:
                 "on the chain": [
                     (block.timestamp, float(event.arguments["outputTokens"])) for event, block in concluded
                 ],
-                "on tabs": [
-                    (at, charge / price)
-                    for at, charge, state in self._queries.ticket_times(SERIES_EVENTS)
-                    if state in ("delivered", "batched", "over")
-                ],
+                "on tabs": [(at, charge / fees[plan]) for at, charge, plan in paid if fees.get(plan)],
             },
             now=now,
         )
@@ -263,7 +282,7 @@ class Explorer:
                 "rows": [RequestRow.of(item) for item in found],
                 "status": "" if wanted is None else wanted.name.capitalize(),
                 "statuses": [item.name.capitalize() for item in RequestStatus if item is not RequestStatus.ABSENT],
-                "next": _next(found, lambda item: f"{item.opened_block}-0x{item.request_id.hex()}"),
+                "next": _next(found, _place_of_request),
             }
 
         return await self._page("requests.html", read)
@@ -411,8 +430,8 @@ class Explorer:
 
         def read() -> dict[str, Any]:
             found = self._queries.tickets(ROWS, _place(before))
-            place = _next(found, lambda item: f"{item.changed_at}-0x{item.request_id.hex()}")
-            return {"title": "Requests on tabs", "rows": [TicketRow.of(item) for item in found], "next": place}
+            rows = [TicketRow.of(item) for item in found]
+            return {"title": "Requests on tabs", "rows": rows, "next": _next(found, _place_of_ticket)}
 
         return await self._page("tickets.html", read)
 
@@ -422,10 +441,7 @@ class Explorer:
         def read() -> dict[str, Any]:
             found = self._queries.batches(ROWS, _place(before))
             place = _next(found, lambda item: f"{item.changed_at}-0x{item.batch_id.hex()}")
-            rows = [
-                (item, CollectedBatch.from_message(tabs_pb2.TicketBatch.FromString(item.message))) for item in found
-            ]
-            return {"title": "Batches", "rows": rows, "next": place}
+            return {"title": "Batches", "rows": [(item, _content(item)) for item in found], "next": place}
 
         return await self._page("batches.html", read)
 
@@ -509,7 +525,11 @@ class Explorer:
 
         def read() -> dict[str, Any]:
             found = self._queries.events(ROWS, _event_place(before), names=("NodeSlashed", "NodeJailed"))
-            return {"title": "Slashes", "rows": [PenaltyRow.of(*item) for item in found], "next": _next_event(found)}
+            return {
+                "title": "Slashes",
+                "rows": [PenaltyRow.of(*item) for item in found],
+                "next": _next(found, _place_of_event),
+            }
 
         return await self._page("slashes.html", read)
 
@@ -559,9 +579,7 @@ class Explorer:
 
     # ---------------------------------------------------------------------------------------------------------- blocks
 
-    async def blocks(
-        self, before: Annotated[int | None, Query(ge=0, le=2**62)] = None, quiet: bool = False
-    ) -> Response:
+    async def blocks(self, before: _BeforeBlock = None, quiet: bool = False) -> Response:
         """Blocks with events of the contracts; with `quiet` also those without, as far as they are kept."""
 
         def read() -> dict[str, Any]:
@@ -663,11 +681,11 @@ class Explorer:
 
         def requests(limit: int, place: str | None) -> list[tuple[str, Row]]:
             found = queries.requests(limit, _place(place))
-            return [(f"{item.opened_block}-0x{item.request_id.hex()}", RequestRow.of(item)) for item in found]
+            return [(_place_of_request(item), RequestRow.of(item)) for item in found]
 
         def tickets(limit: int, place: str | None) -> list[tuple[str, Row]]:
             found = queries.tickets(limit, _place(place))
-            return [(f"{item.changed_at}-0x{item.request_id.hex()}", TicketRow.of(item)) for item in found]
+            return [(_place_of_ticket(item), TicketRow.of(item)) for item in found]
 
         def nodes(_limit: int, place: str | None) -> list[tuple[str, Row]]:
             now = self._now()
@@ -682,7 +700,7 @@ class Explorer:
 
         def slashes(limit: int, place: str | None) -> list[tuple[str, Row]]:
             found = queries.events(limit, _event_place(place), names=("NodeSlashed", "NodeJailed"))
-            return [(f"{event.block_number}-{event.log_index}", PenaltyRow.of(event, block)) for event, block in found]
+            return [(_place_of_event(item), PenaltyRow.of(*item)) for item in found]
 
         def blocks(limit: int, place: str | None) -> list[tuple[str, Row]]:
             found = queries.blocks(limit, None if place is None else int(place), with_events=True)
@@ -790,8 +808,16 @@ def _next(found: Sequence[Any], place: Callable[[Any], str]) -> str | None:
     return place(found[-1]) if len(found) == ROWS else None
 
 
-def _next_event(found: Sequence[StampedEvent]) -> str | None:
-    return _next(found, lambda item: f"{item[0].block_number}-{item[0].log_index}")
+def _place_of_request(item: RequestState) -> str:
+    return f"{item.opened_block}-0x{item.request_id.hex()}"
+
+
+def _place_of_ticket(item: TicketRecord) -> str:
+    return f"{item.changed_at}-0x{item.request_id.hex()}"
+
+
+def _place_of_event(item: StampedEvent) -> str:
+    return f"{item[0].block_number}-{item[0].log_index}"
 
 
 # -------------------------------------------------------------------------------------------------------------- export

@@ -6,6 +6,7 @@ sees rounded is there exactly, too. Pure functions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,28 +17,14 @@ from markupsafe import Markup, escape
 
 from bsns.chain.client import Block, ChainEvent
 from bsns.chain.deployment import ETHER
-from bsns.protocol.contract_states import StageVerdict
+from bsns.protocol.contract_states import SLASH_REASONS, STATUS_AFTER, StageVerdict
 from bsns.protocol.sketch import distance, member_distance
 from coordinator.network_state import ModelState, NodeState, PlanState, RequestState, Reveal
 from coordinator.storage import StampedEvent, TicketRecord
 
-SLASH_REASONS: Final = (
-    "incorrect output",
-    "incorrect attestation",
-    "evidence withheld",
-    "reveal withheld",
-    "equivocation",
-)
 GWEI: Final = 10**9
 SMALLEST_ETHER: Final = ETHER // 1_000
-_REACHED: Final = {
-    "RequestOpened": "Open",
-    "RequestRouted": "Routed",
-    "RequestCommitted": "Committed",
-    "RequestVerified": "Verified",
-    "RequestSettled": "Settled",
-    "RequestRefunded": "Refunded",
-}
+_CAPITAL_INSIDE: Final = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +157,7 @@ class PenaltyRow:
     def of(cls, event: ChainEvent, block: Block) -> PenaltyRow:
         is_slash = event.name == "NodeSlashed"
         number = int(event.arguments.get("reason", 0))
-        reason = SLASH_REASONS[number] if is_slash and number < len(SLASH_REASONS) else ""
+        reason = words(SLASH_REASONS[number]) if is_slash and number < len(SLASH_REASONS) else ""
         return cls(
             "slash" if is_slash else "jail", event.arguments["node"], reason, event.arguments.get("amount", 0),
             event.arguments.get("burned", 0), event.arguments.get("jailedUntil"), block.timestamp, block.number,
@@ -283,9 +270,9 @@ def _apart(first: Reveal | None, second: Reveal | None) -> int | None:
 def reached(history: Sequence[StampedEvent]) -> dict[str, str]:
     """States that a request has been in, and when it came there."""
     return {
-        _REACHED[event.name]: datetime.fromtimestamp(block.timestamp, UTC).strftime("%H:%M:%S")
+        STATUS_AFTER[event.name].name.capitalize(): datetime.fromtimestamp(block.timestamp, UTC).strftime("%H:%M:%S")
         for event, block in history
-        if event.name in _REACHED
+        if event.name in STATUS_AFTER
     }
 
 
@@ -330,8 +317,8 @@ def short(text: str) -> Markup:
 
 
 def words(name: str) -> str:
-    """The name of a constant as words."""
-    return name.replace("_", " ").lower()
+    """The name of a constant, of Python's or of a contract's, as words."""
+    return _CAPITAL_INSIDE.sub(" ", name.replace("_", " ")).lower()
 
 
 def _hex(value: bytes) -> str:

@@ -8,17 +8,19 @@ API is in one field, `bsns`, and in headers that begin with X-BSNS.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, ClassVar, Final
 
 from fastapi import APIRouter, Header, Request, Response
 from starlette.responses import JSONResponse, StreamingResponse
 
 from bsns.protocol.sampling import SamplingError, SamplingParameters
-from bsns.requester.chat_tokenizer import ChatTokenizerError
+from bsns.requester.chat_tokenizer import MAXIMUM_STOP_BYTES, ChatTokenizerError
 from bsns.requester.client import Answer
 from coordinator.gateway.access import KeyHolder
 from coordinator.gateway.errors import ApiError
@@ -95,7 +97,8 @@ class OpenAIApi:
     ) -> Response:
         """Answer a conversation."""
         shape = _ChatShape(body, self._record_url)
-        return await self._answer(self._chat_job(body), body, shape, request, key, idempotency_key, maximum_price)
+        job = await self._job_of(body)
+        return await self._answer(job, body, shape, request, key, idempotency_key, maximum_price)
 
     async def complete(
         self,
@@ -107,7 +110,8 @@ class OpenAIApi:
     ) -> Response:
         """Go on with a text."""
         shape = _CompletionShape(body, self._record_url)
-        return await self._answer(self._completion_job(body), body, shape, request, key, idempotency_key, maximum_price)
+        job = await self._job_of(body)
+        return await self._answer(job, body, shape, request, key, idempotency_key, maximum_price)
 
     async def embed(self, body: EmbeddingRequest, _key: KeyHolder) -> Response:
         """No model of this network gives embeddings: its last stage draws a token."""
@@ -119,7 +123,7 @@ class OpenAIApi:
 
     async def quote(self, body: ChatRequest | CompletionRequest, _key: KeyHolder) -> dict[str, Any]:
         """The most that a request would cost. Pays nothing."""
-        job = self._chat_job(body) if isinstance(body, ChatRequest) else self._completion_job(body)
+        job = await self._job_of(body)
         quotes = await self._desk.quote(job)
         found = quotes[0]
         return {
@@ -224,6 +228,12 @@ class OpenAIApi:
 
     # -- jobs
 
+    async def _job_of(self, body: ChatRequest | CompletionRequest) -> Job:
+        """What `body` asks for; in a worker thread, since half a megabyte of text takes a tokenizer a while."""
+        if isinstance(body, ChatRequest):
+            return await asyncio.to_thread(self._chat_job, body)
+        return await asyncio.to_thread(self._completion_job, body)
+
     def _chat_job(self, body: ChatRequest) -> Job:
         body.refuse_unsupported()
         model = self._desk.model(body.model)
@@ -292,34 +302,34 @@ class OpenAIApi:
                 choices.append(Choice(prompt, sampling))
         stop = body.stop_strings
         for text in stop:
-            if len(text.encode()) > 256:
-                raise ApiError(400, "a stop string has more than 256 bytes", param="stop")
+            if len(text.encode()) > MAXIMUM_STOP_BYTES:
+                raise ApiError(400, f"a stop string has more than {MAXIMUM_STOP_BYTES} bytes", param="stop")
         return Job(model, tuple(choices), stop)
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes
 
 
-class _Shape:
+class _Shape(ABC):
     """What chat and completions do not have in common."""
 
-    prefix = ""
-    whole_kind = ""
-    chunk_kind = ""
+    prefix: ClassVar[str]
+    whole_kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
 
     def __init__(self, body: ChatRequest | CompletionRequest, record_url: Callable[[str], str]) -> None:
         self._body, self._record_url = body, record_url
 
     # What a choice looks like, whole, and in pieces.
 
-    def whole_choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def whole_choice(self, index: int, text: str, reason: str) -> dict[str, Any]: ...
 
-    def piece(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def piece(self, index: int, text: str, reason: str | None) -> dict[str, Any]: ...
 
-    def begin(self, generation: Generation) -> list[dict[str, Any]]:
-        raise NotImplementedError
+    @abstractmethod
+    def begin(self, generation: Generation) -> list[dict[str, Any]]: ...
 
     def text_of(self, index: int, answer: Answer) -> str:
         return answer.text

@@ -219,7 +219,7 @@ class Gateway:
         return {"status": "alive"}
 
     async def _ready(self) -> Response:
-        """Whether requests are answered; 503 with the reason while they are not."""
+        """Whether requests are answered, 503 while they are not; why is for the operator to know (`health_listen`)."""
         reason = self.not_ready_because
         status = 200 if reason is None else 503
         return JSONResponse({"status": "ready" if reason is None else "not ready"}, status)

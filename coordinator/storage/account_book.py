@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -351,7 +352,7 @@ class AccountBook:
         mine = (_keys.c.account_id == account_id) & (_keys.c.key_id == key_id) & _keys.c.revoked_at.is_(None)
         with self._storage.writing() as connection:
             if connection.execute(update(_keys).where(mine).values(revoked_at=now)).rowcount == 0:
-                raise UnknownKeyError(f"the account has no key {key_id} in use")
+                raise UnknownKeyError(f"the account has no key {key_id!r:.60} in use")
 
     # ---------------------------------------------------------------------------------------------------------- money
 
@@ -469,22 +470,15 @@ class AccountBook:
             row = connection.execute(select(_charges).where(_charges.c.charge_id == charge_id)).mappings().first()
         return None if row is None else _charge(row)
 
-    def charge_of(self, request_id: RequestId) -> Charge | None:
-        """The charge that paid for a request on the network."""
-        query = (
-            select(_charges)
-            .join(_charged_requests, _charged_requests.c.charge_id == _charges.c.charge_id)
-            .where(_charged_requests.c.request_id == "0x" + request_id.hex())
-        )
+    def requests_of(self, charges: Sequence[Charge]) -> dict[str, list[RequestId]]:
+        """By the id of each charge the requests on the network that it paid for."""
+        found: dict[str, list[RequestId]] = {item.charge_id: [] for item in charges}
+        table = _charged_requests
+        query = select(table.c.charge_id, table.c.request_id).where(table.c.charge_id.in_(list(found)))
         with self._storage.reading() as connection:
-            row = connection.execute(query).mappings().first()
-        return None if row is None else _charge(row)
-
-    def requests_of(self, charge_id: str) -> list[RequestId]:
-        """Requests on the network that a charge paid for."""
-        query = select(_charged_requests.c.request_id).where(_charged_requests.c.charge_id == charge_id)
-        with self._storage.reading() as connection:
-            return [RequestId(bytes.fromhex(item[2:])) for item in connection.scalars(query)]
+            for row in connection.execute(query):
+                found[row.charge_id].append(RequestId(bytes.fromhex(row.request_id[2:])))
+        return found
 
     def unsettled(self) -> list[Charge]:
         """Charges whose money is set aside: of requests that are answered now, or that a crash interrupted."""

@@ -5,7 +5,7 @@ Promises that every list has a limit and a place to go on from, so that no page 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Select, Text, cast, func, or_, select
 
 from bsns.chain.client import Block, ChainEvent
 from bsns.protocol.contract_states import RequestStatus
-from bsns.protocol.identifiers import RequestId
+from bsns.protocol.identifiers import PlanId
 from coordinator.documents import decode_record
 from coordinator.network_state import AggregateKind, ModelState, PlanState, RequestState
 from coordinator.storage import tables
@@ -196,22 +196,20 @@ class ExplorerQueries:
             row = connection.execute(query).mappings().first()
         return None if row is None else block_of_row(row)
 
-    def ticket_times(self, limit: int) -> list[tuple[int, int, TicketState]]:
-        """When requests on tabs changed last, what they charge, and their states; the newest first."""
+    def ticket_times(self, limit: int, states: Sequence[TicketState]) -> list[tuple[int, int, PlanId]]:
+        """When requests on tabs in one of `states` changed, what they charge, and their plans; the newest first."""
         table = tables.tab_tickets
-        query = select(table.c.changed_at, table.c.charge, table.c.state).order_by(table.c.changed_at.desc())
+        query = (
+            select(table.c.changed_at, table.c.charge, table.c.plan_id)
+            .where(table.c.state.in_([str(item) for item in states]))
+            .order_by(table.c.changed_at.desc())
+            .limit(limit)
+        )
         with self._storage.reading() as connection:
             return [
-                (row.changed_at, int(row.charge), TicketState(row.state))
-                for row in connection.execute(query.limit(limit))
+                (row.changed_at, int(row.charge), PlanId(bytes.fromhex(row.plan_id[2:])))
+                for row in connection.execute(query)
             ]
-
-    def known_requests(self, ids: Iterable[RequestId]) -> set[RequestId]:
-        """Those of `ids` that are on the chain."""
-        keys = [_hex(item) for item in ids]
-        query = select(tables.requests.c.key).where(tables.requests.c.key.in_(keys))
-        with self._storage.reading() as connection:
-            return {RequestId(bytes.fromhex(key[2:])) for key in connection.scalars(query)}
 
     def _events(self, where: ColumnElement[bool] | None, limit: int | None, before: ChainPlace) -> list[StampedEvent]:
         table = tables.events
