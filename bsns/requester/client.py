@@ -481,7 +481,7 @@ class Client:
             head = await self.chain.head()
             standing = Standing(RequestStatus.ROUTED, entry.tab.deadline, 0, head.timestamp)
             try:
-                entry = await self._serve(entry, route, standing, on_token, on_progress, timing, is_wanted, tab)
+                entry, route = await self._serve(entry, route, standing, on_token, on_progress, timing, is_wanted, tab)
             except NotServedError:
                 # The collector gives it up by itself after a while.
                 with suppress(RequesterError):
@@ -812,7 +812,7 @@ class Client:
                 raise self._not_served(entry, "nobody routed or served it in time", standing)
             route = await self._route(entry)
             if standing.status == RequestStatus.ROUTED and entry.stage == "opened":
-                entry = await self._serve(entry, route, standing, on_token, on_progress, timing, is_wanted)
+                entry, _ = await self._serve(entry, route, standing, on_token, on_progress, timing, is_wanted)
             if standing.status == RequestStatus.ROUTED:
                 on_progress("waiting for the nodes' commitments")
                 standing = await self._await_commitments(entry, route, settlement, on_progress)
@@ -859,8 +859,8 @@ class Client:
         timing: _Timing,
         is_wanted: IsWanted,
         tab: Tab | None = None,
-    ) -> JournalEntry:
-        """Stream the answer; the journal holds it when this returns."""
+    ) -> tuple[JournalEntry, tuple[NodeEndpoint, ...]]:
+        """Stream the answer; the journal holds it when this returns. Also who served it, where some were replaced."""
         decoder = self._decoder(entry.stop)
         pieces: list[str] = []
         try:
@@ -878,8 +878,8 @@ class Client:
                         is_closing = True
                         await session.close()
                 finish_reason = session.finish_reason
-                tokens, drafts = session.tokens, session.drafts
-                for served in session.route:
+                tokens, drafts, served_by = session.tokens, session.drafts, session.route
+                for served in served_by:
                     self._backoff.served(served.node)
                 if tab is not None and entry.tab is not None:
                     entry = dataclasses.replace(
@@ -901,11 +901,10 @@ class Client:
             on_token(tokens[-1], rest)
         if decoder is not None and decoder.stopped_by is not None:
             finish_reason = "stop"
-        return self._save(
-            dataclasses.replace(
-                entry, stage="answered", answer=tokens, drafts=drafts, text="".join(pieces), finish_reason=finish_reason
-            )
+        answered = dataclasses.replace(
+            entry, stage="answered", answer=tokens, drafts=drafts, text="".join(pieces), finish_reason=finish_reason
         )
+        return self._save(answered), served_by
 
     async def _collect_evidence(
         self, entry: JournalEntry, route: Sequence[NodeEndpoint], on_progress: OnProgress

@@ -301,6 +301,7 @@ async def test_node_that_dies_in_mid_answer_is_replaced_and_its_replacement_sign
             assert entry.tab is not None
             results = [StageResult.from_message(tabs_pb2.StageResult.FromString(it)) for it in entry.tab.results]
             assert results[-1].served_by.assignment.node not in killed
+            assert [item.node for item in answer.route] == [item.served_by.assignment.node for item in results]
             posted = (await network.await_event("BatchPosted", WAIT_S)).arguments
             paid = {node for node, _ in posted["batch"][6]}
             assert results[-1].served_by.assignment.node in paid
